@@ -1,0 +1,34 @@
+"""Processes that lead a session of their own: everything below them ends with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+
+import psutil
+
+
+def stop_group(leader: int, grace: float = 10.0) -> None:
+    """End the process group that `leader` leads: SIGTERM, then SIGKILL after `grace` seconds.
+
+    Fine when it has ended already. The leader must have been started with `start_new_session`.
+    """
+    assert leader > 1 and leader != os.getpgrp(), "only a group of its own may be stopped"
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while _alive(leader) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _alive(group: int) -> bool:
+    """Whether any process of the group still runs; one that has ended and waits for its parent does not."""
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False

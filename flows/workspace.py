@@ -1,0 +1,276 @@
+"""Where everything of a workspace lies, its rounds, and the lock that keeps it to one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Round:
+    """The files of one round: `rounds/<number in four digits>/`."""
+
+    number: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def tag(self) -> str:
+        """The git tag of the finished round, such as round/0001."""
+        return f"round/{self.name}"
+
+    @property
+    def batch(self) -> Path:
+        return self.folder / "batch.csv"
+
+    @property
+    def tasks(self) -> Path:
+        return self.folder / "tasks.json"
+
+    @property
+    def annotations(self) -> Path:
+        return self.folder / "annotations.jsonl"
+
+    @property
+    def masks(self) -> Path:
+        return self.folder / "masks.npz"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "round.json"
+
+    def read(self) -> dict[str, Any]:
+        """What round.json says; empty before it is first written."""
+        return read_json(self.state)
+
+    def write(self, state: dict[str, Any]) -> None:
+        write_json(self.state, state)
+
+
+class Workspace:
+    """A git clone of the project with its own data, models and rounds; `root` is its folder.
+
+    Nothing is read or made here, so a workspace that is still being built has its paths too;
+    `open_workspace` is for those that must exist.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self.root)!r})"
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def manifest(self) -> Path:
+        return self.data / "manifest.csv"
+
+    @property
+    def images(self) -> Path:
+        return self.data / "images"
+
+    @property
+    def gold(self) -> Path:
+        return self.data / "gold.npz"
+
+    @property
+    def corrections(self) -> Path:
+        return self.data / "corrections.csv"
+
+    @property
+    def ingest_report(self) -> Path:
+        return self.data / "ingest.json"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def start_model(self) -> Path:
+        return self.models / "start.pt"
+
+    @property
+    def champion(self) -> Path:
+        return self.models / "champion.pt"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def model(self) -> Path:
+        return self.results / "model.pt"
+
+    @property
+    def train_log(self) -> Path:
+        return self.results / "train.jsonl"
+
+    @property
+    def predictions(self) -> Path:
+        return self.results / "predictions.npz"
+
+    @property
+    def metrics(self) -> Path:
+        return self.results / "metrics.json"
+
+    @property
+    def plots(self) -> Path:
+        return self.results / "plots"
+
+    @property
+    def batch(self) -> Path:
+        return self.results / "batch.csv"
+
+    @property
+    def state(self) -> Path:
+        """What belongs to this machine alone; git does not know it."""
+        return self.root / ".abnloop"
+
+    @property
+    def simulation(self) -> Path:
+        """Masks that only simulated labelers know."""
+        return self.state / "simulation.npz"
+
+    @property
+    def secrets(self) -> Path:
+        return self.state / "secrets.json"
+
+    @property
+    def services(self) -> Path:
+        return self.state / "services.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.state / "logs"
+
+    @property
+    def label_studio(self) -> Path:
+        return self.state / "label-studio"
+
+    @property
+    def prefect(self) -> Path:
+        return self.state / "prefect"
+
+    @property
+    def mlflow(self) -> Path:
+        return self.state / "mlflow"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.state / "lock"
+
+    def relative(self, path: Path) -> str:
+        """`path` as git, DVC and the manifest write it: relative to the root, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
+
+    def round(self, number: int) -> Round:
+        """Round `number`, counted from 1, whether or not it exists yet."""
+        assert number >= 1, "rounds count from 1"
+        return Round(number, self.root / "rounds" / f"{number:04d}")
+
+    def rounds(self) -> list[Round]:
+        """The rounds that exist, oldest first."""
+        folder = self.root / "rounds"
+        names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        return [self.round(number) for number in sorted(int(name) for name in names if name.isdigit())]
+
+    def latest(self) -> Round | None:
+        """The newest round, or None before the first."""
+        rounds = self.rounds()
+        return rounds[-1] if rounds else None
+
+    @contextmanager
+    def lock(self, command: str) -> Iterator[None]:
+        """Hold the workspace for `command`; one process at a time.
+
+        Raises ValueError that names the holder. The kernel releases the lock when the holder ends, however it ends.
+        """
+        self.state.mkdir(exist_ok=True)
+        with self.lock_file.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # The holder may be between taking the lock and signing it.
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{self.root} is in use by {holder}; wait until it ends, or end that process"
+                ) from None
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.truncate(0)
+            file.write(f"`abnloop {command}` (pid {os.getpid()} on {socket.gethostname()}, since {since})")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+
+def open_workspace(root: str | Path) -> Workspace:
+    """The workspace at `root`. Raises ValueError where there is none."""
+    workspace = Workspace(root)
+    if not workspace.manifest.is_file():
+        raise ValueError(
+            f"{workspace.root} is not a workspace (it has no data/manifest.csv); "
+            "make one with `abnloop init`, or name one with --workspace"
+        )
+    return workspace
+
+
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+    """Replace the file at `path` whole: after a crash it holds the old content or the new, never a part.
+
+    `mode` are its permissions, less the process's umask. Its folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in the JSON file at `path`; empty where there is no file. Raises ValueError where it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it with git, or remove it") from error
+    assert isinstance(content, dict)
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
+    """`content` as a JSON file at `path`, whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.versions import Dvc, Git
+
+STAGE = """stages:
+  copy:
+    cmd: {command}
+    deps: [source.txt]
+    outs: [made.txt]
+"""
+
+
+@pytest.fixture
+def git(tmp_path: Path) -> Git:
+    """A repository with one commit."""
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(tmp_path)], check=True)
+    (tmp_path / "first.txt").write_text("1")
+    git = Git(tmp_path)
+    git.commit(["first.txt"], "First")
+    return git
+
+
+@pytest.fixture
+def dvc(git: Git) -> Dvc:
+    """A DVC repository whose source.txt is committed."""
+    dvc = Dvc(git.root, patience=30)
+    dvc.init()
+    (git.root / "source.txt").write_text("source")
+    git.commit([".dvc", ".dvcignore", *dvc.add(["source.txt"])], "Data")
+    return dvc
+
+
+def test_a_commit_takes_its_paths_and_nothing_else_that_is_staged(git: Git) -> None:
+    for name in ("mine.txt", "staged.txt"):
+        (git.root / name).write_text(name)
+    subprocess.run(["git", "add", "staged.txt"], cwd=git.root, check=True)
+    git.commit(["mine.txt"], "Mine")
+    assert git.changed_paths() == ["staged.txt"]
+
+
+def test_a_commit_of_nothing_new_makes_none(git: Git) -> None:
+    assert git.commit(["first.txt"], "Again") == git.head()
+    assert len(git._run("rev-list", "HEAD").split()) == 1
+
+
+def test_a_deleted_path_is_committed_as_deleted(git: Git) -> None:
+    (git.root / "first.txt").unlink()
+    git.commit(["first.txt"], "Gone")
+    assert git.is_clean()
+
+
+def test_changed_paths_are_whole_whatever_their_names(git: Git) -> None:
+    (git.root / "写 真.txt").write_text("x")
+    subprocess.run(["git", "mv", "first.txt", "moved.txt"], cwd=git.root, check=True)
+    assert git.changed_paths() == ["first.txt", "moved.txt", "写 真.txt"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_author_is_made_up_only_where_none_is_configured(
+    git: Git, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    for variable in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    if named:
+        (home / ".gitconfig").write_text("[user]\nname = Ada\nemail = ada@example.com\n[commit]\ngpgsign = true\n")
+    (git.root / "b.txt").write_text("b")
+    git.commit(["b.txt"], "B")
+    author = git._run("log", "-1", "--format=%an <%ae>").strip()
+    assert author == ("Ada <ada@example.com>" if named else "abnloop <abnloop@localhost>")
+    assert not named or not (home / ".config").exists()
+
+
+def test_a_tag_is_given_once_and_never_moved(git: Git) -> None:
+    git.tag("round/0001")
+    git.tag("round/0001")
+    (git.root / "b.txt").write_text("b")
+    git.commit(["b.txt"], "B")
+    with pytest.raises(ValueError, match="tag round/0001 already names commit"):
+        git.tag("round/0001")
+    assert git.tags("round/*") == ["round/0001"]
+
+
+def test_a_clone_leaves_the_tags_of_its_origin(git: Git, tmp_path_factory: pytest.TempPathFactory) -> None:
+    git.tag("round/0001")
+    clone = Git.clone(git.root, tmp_path_factory.mktemp("clone") / "here")
+    assert clone.head() == git.head() and clone.tags() == []
+    assert clone._run("remote", "get-url", "origin").strip() == str(git.root)
+
+
+def test_git_fails_in_one_line_with_its_reason(git: Git) -> None:
+    with pytest.raises(ValueError, match="git checkout failed in .*nowhere") as error:
+        git.checkout("nowhere")
+    assert "\n" not in str(error.value)
+
+
+def test_a_commit_waits_for_another_git_command(git: Git) -> None:
+    lock = git.root / ".git" / "index.lock"
+    lock.touch()
+    threading.Timer(0.8, lock.unlink).start()
+    (git.root / "b.txt").write_text("b")
+    git.commit(["b.txt"], "B")
+    assert git.is_clean()
+
+
+def test_a_stage_runs_and_its_lines_arrive_one_by_one(dvc: Dvc) -> None:
+    command = """python -c "import time; print('one'); time.sleep(1.5); print('two'); open('made.txt', 'w').write('m')\""""
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command=repr(command).replace("\\'", "''")))
+    arrived = {}
+    dvc.repro(lambda line: arrived.setdefault(line, time.monotonic()))
+    assert arrived["two"] - arrived["one"] > 1
+    assert (dvc.root / "made.txt").read_text() == "m"
+
+
+def test_a_failing_stage_is_named_with_its_last_word(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="echo budget is 500 && exit 2"))
+    with pytest.raises(ValueError, match="^stage copy failed: budget is 500$"):
+        dvc.repro(lambda line: None)
+
+
+def test_an_interrupted_stage_leaves_no_process(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="echo started $$; exec sleep 987"))
+    started: list[int] = []
+
+    def interrupt(line: str) -> None:
+        if line.startswith("started"):
+            started.append(int(line.split()[1]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dvc.repro(interrupt)
+    assert not psutil.pid_exists(started[0]) or psutil.Process(started[0]).status() == psutil.STATUS_ZOMBIE
+
+
+def test_data_missing_from_the_cache_is_named_with_the_remedy(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="cp source.txt made.txt"))
+    (dvc.root / "source.txt").unlink()
+    for cached in (dvc.root / ".dvc" / "cache").rglob("*"):
+        if cached.is_file():
+            cached.chmod(0o600)
+            cached.unlink()
+    with pytest.raises(ValueError, match=r"the DVC cache lacks source\.txt; .*dvc pull"):
+        dvc.checkout()
+    with pytest.raises(ValueError, match=r"the DVC cache lacks source\.txt; .*dvc pull"):
+        dvc.repro(lambda line: None)
+    assert dvc.missing() == ["source.txt"]
+
+
+def test_checkout_restores_and_leaves_stages_that_never_ran(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="cp source.txt made.txt"))
+    (dvc.root / "source.txt").unlink()
+    dvc.checkout()
+    assert (dvc.root / "source.txt").read_text() == "source"
+    assert not (dvc.root / "made.txt").exists() and dvc.missing() == []
+
+
+def test_dvc_waits_for_another_dvc_command(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="echo running; sleep 4; cp source.txt made.txt"))
+    running = threading.Event()
+    other = threading.Thread(target=dvc.repro, args=(lambda line: running.set() if line == "running" else None,))
+    other.start()
+    assert running.wait(20)
+    with pytest.raises(ValueError, match="waited 0 s in vain.*is busy"):
+        Dvc(dvc.root, patience=0).add(["source.txt"])
+    dvc.add(["source.txt"])
+    other.join()
+    assert (dvc.root / "made.txt").exists()
+
+
+def test_push_reaches_the_remote_and_says_when_there_is_none(dvc: Dvc, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert dvc.push() is False
+    remote = tmp_path_factory.mktemp("remote")
+    with (dvc.root / ".dvc" / "config").open("a") as config:
+        config.write(f"    remote = here\n['remote \"here\"']\n    url = {remote}\n")
+    assert dvc.push() is True
+    assert any(path.is_file() for path in remote.rglob("*"))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.workspace import Workspace, open_workspace, read_json, write_atomically, write_json
+
+HOLDER = "import sys, time; from flows.workspace import Workspace\nwith Workspace(sys.argv[1]).lock('round open'): print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_holder_is_told_who_holds_the_workspace(tmp_path: Path, holder: subprocess.Popen) -> None:
+    with pytest.raises(ValueError) as error, Workspace(tmp_path).lock("round collect"):
+        pass
+    message = str(error.value)
+    assert "round open" in message and f"pid {holder.pid}" in message and "since" in message and "\n" not in message
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess.Popen) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with Workspace(tmp_path).lock("round collect"):
+        assert "round collect" in Workspace(tmp_path).lock_file.read_text()
+
+
+def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for command in ("up", "down"):
+        with workspace.lock(command):
+            assert command in workspace.lock_file.read_text()
+    assert workspace.lock_file.read_text() == ""
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "round.json"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["round.json"]
+
+
+def test_secrets_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
+    write_json(tmp_path / "secrets.json", {"password": "x"}, mode=0o600)
+    assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "round.json").write_text("{")
+    with pytest.raises(ValueError, match=r"round\.json is not valid JSON"):
+        read_json(tmp_path / "round.json")
+
+
+def test_rounds_come_in_order_and_other_folders_do_not_count(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    assert workspace.rounds() == [] and workspace.latest() is None
+    for name in ("0010", "0002", "notes"):
+        (tmp_path / "rounds" / name).mkdir(parents=True)
+    assert [one.number for one in workspace.rounds()] == [2, 10]
+    latest = workspace.latest()
+    assert latest is not None and latest.tag == "round/0010"
+
+
+def test_a_round_reads_what_it_wrote(tmp_path: Path) -> None:
+    first = Workspace(tmp_path).round(1)
+    assert first.read() == {}
+    first.write({"state": "open", "名前": "ラウンド"})
+    assert first.read() == {"state": "open", "名前": "ラウンド"}
+
+
+def test_a_folder_without_a_manifest_is_no_workspace(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a workspace.*abnloop init"):
+        open_workspace(tmp_path)

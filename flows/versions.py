@@ -30,20 +30,27 @@ class Git:
         """Clone the branch that `source` has checked out; `source` becomes the remote `origin`.
 
         Tags stay behind, now and on every later pull: `round/0001` means a round of this workspace.
+        Where `source` has no branch checked out, as in many a CI, the clone gets a branch `main`.
         """
         _git(Path.cwd(), "clone", "--quiet", "--no-tags", "--", str(source), str(directory))
-        return cls(directory)
+        clone = cls(directory)
+        if clone._run("rev-parse", "--abbrev-ref", "HEAD").strip() == "HEAD":
+            clone._run("checkout", "--quiet", "-b", "main")
+        return clone
 
     def head(self) -> str:
         """The commit that is checked out, 40 hexadecimal digits."""
         return self._run("rev-parse", "--verify", "HEAD").strip()
 
     def changed_paths(self) -> list[str]:
-        """Paths, relative to the root, that differ from HEAD or are new and not ignored; sorted."""
+        """Paths, relative to the root, that differ from HEAD or are new and not ignored; sorted.
+
+        Another repository inside this one, such as a workspace, does not count.
+        """
         entries = iter(self._run("status", "--porcelain", "-z", "--untracked-files=all").split("\0"))
         paths = set()
         for entry in entries:
-            if entry:
+            if entry and not entry.endswith("/"):
                 paths.add(entry[3:])
                 if "R" in entry[:2] or "C" in entry[:2]:
                     paths.add(next(entries))  # where it was before

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+MANIFEST_COLUMNS = ["id", "image", "label", "split", "group"]
+CORRECTION_COLUMNS = ["sample", "round", "annotation", "revision", "labeler", "verdict", "label", "minutes"]
+CORRECTION_COLUMNS += ["model_version", "masks", "sha256"]
 
 
 @dataclass(frozen=True)
@@ -274,3 +282,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
     """`content` as a JSON file at `path`, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def write_arrays(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Named arrays as an .npz file that `np.load` reads; the same arrays make the same bytes.
+
+    Unlike `np.savez_compressed` it takes any name, also `file`, and needs one array at a time in memory.
+    """
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays:
+            entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that a repeated write is identical
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    write_atomically(path, content.getvalue())

@@ -116,7 +116,9 @@ def test_a_commit_waits_for_another_git_command(git: Git) -> None:
 
 
 def test_a_stage_runs_and_its_lines_arrive_one_by_one(dvc: Dvc) -> None:
-    command = """python -c "import time; print('one'); time.sleep(1.5); print('two'); open('made.txt', 'w').write('m')\""""
+    command = (
+        """python -c "import time; print('one'); time.sleep(1.5); print('two'); open('made.txt', 'w').write('m')\""""
+    )
     (dvc.root / "dvc.yaml").write_text(STAGE.format(command=repr(command).replace("\\'", "''")))
     arrived = {}
     dvc.repro(lambda line: arrived.setdefault(line, time.monotonic()))
@@ -179,7 +181,9 @@ def test_dvc_waits_for_another_dvc_command(dvc: Dvc) -> None:
     assert (dvc.root / "made.txt").exists()
 
 
-def test_push_reaches_the_remote_and_says_when_there_is_none(dvc: Dvc, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_push_reaches_the_remote_and_says_when_there_is_none(
+    dvc: Dvc, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     assert dvc.push() is False
     remote = tmp_path_factory.mktemp("remote")
     with (dvc.root / ".dvc" / "config").open("a") as config:

@@ -61,13 +61,12 @@ def encode_rle(mask: np.ndarray) -> list[int]:
     first = start >> 3
     for byte in range(5):
         packed[first + byte] |= window[:, byte]
-    packed = packed[:-4]
     header = pixels.size * 4 << 21 | (WORD_SIZE - 1) << 16
     for index, run_size in enumerate(RUN_SIZES):
         header |= (run_size - 1) << (12 - 4 * index)
     # The header's 53 bits end inside a byte that the first run begins in.
     packed[:7] |= np.frombuffer((header << 3).to_bytes(7, "big"), np.uint8)
-    return list(packed.tobytes())
+    return list(packed[:-4].tobytes())
 
 
 def decode_rle(rle: Sequence[int], height: int, width: int) -> np.ndarray:
@@ -144,7 +143,15 @@ def decode_png(url: str, height: int, width: int) -> np.ndarray:
             if not image.has_transparency_data:
                 raise ValueError("the PNG has no alpha channel")
             return np.array(image.convert("RGBA").getchannel("A"))
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(f"the bitmask is damaged: {error}") from error
 
 

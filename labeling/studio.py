@@ -79,7 +79,7 @@ def installed_version(command: Path) -> str:
     python = command.resolve().parent / "python"
     if not command.exists() or not python.exists():
         raise FileNotFoundError(f"{command} is not an installed Label Studio; run `make setup`")
-    run = subprocess.run([python, "-c", ask], capture_output=True, text=True, env=_clean_environment())
+    run = subprocess.run([python, "-c", ask], check=False, capture_output=True, text=True, env=_clean_environment())
     if run.returncode != 0:
         raise FileNotFoundError(f"{command} lies in an environment without Label Studio; run `make setup`")
     return run.stdout.strip()
@@ -97,7 +97,7 @@ def prepare_template(command: Path, template: Path) -> None:
     with tempfile.TemporaryDirectory(dir=template.parent) as folder:
         # `version` migrates before it prints, and makes neither user nor organisation.
         env = {**_clean_environment(), "LABEL_STUDIO_BASE_DATA_DIR": folder}
-        run = subprocess.run([command, "version"], capture_output=True, text=True, env=env)
+        run = subprocess.run([command, "version"], check=False, capture_output=True, text=True, env=env)
         database = Path(folder) / DATABASE
         if run.returncode != 0 or not database.exists():
             lines = (run.stderr or run.stdout).strip().splitlines()

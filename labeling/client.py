@@ -1,0 +1,283 @@
+"""Label Studio's API, as much of it as the loop needs. The only importer of label_studio_sdk.
+
+Every call retries with back-off where the network or the server fails for a while; a refused token or a
+wrong request does not. Errors are one line:
+
+    ConnectionError  <- LabelStudioUnreachable   nothing answers, or it keeps failing
+    PermissionError  <- TokenRefused             401 or 403
+    ValueError                                   the server refuses what was sent
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import httpx
+import label_studio_sdk
+import tenacity
+from label_studio_sdk.core.api_error import ApiError
+
+Answer = TypeVar("Answer")
+# Tasks asked for at once, and sent at once: with a soft map of a large picture a task has some megabytes.
+PAGE = 100
+PART = 20
+
+
+class LabelStudioUnreachable(ConnectionError):
+    """Label Studio does not answer, or fails again and again."""
+
+
+class TokenRefused(PermissionError):
+    """Label Studio does not accept the token, or not for this."""
+
+
+class LabelStudio:
+    """One Label Studio, embedded or external.
+
+    `token` is a personal access token or a legacy token. A call that fails for a while is repeated for up
+    to `patience` seconds.
+    """
+
+    def __init__(self, url: str, token: str, patience: float = 15.0) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"labeling.url is {url!r}; it must begin with http:// or https://")
+        self.url = url.rstrip("/")
+        self._patience = patience
+        # A proxy for the outer world must not see calls to this machine.
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        http = httpx.Client(timeout=60, follow_redirects=True, trust_env=not local)
+        try:
+            # Untyped: what the SDK declares is the hosted edition, not what a community server takes and answers.
+            self._api: Any = label_studio_sdk.LabelStudio(
+                base_url=self.url, api_key=token, httpx_client=http, max_retries=0
+            )
+        except ApiError as error:  # an expired token is refused before any call
+            raise self._explained(error) from error
+
+    def check(self) -> str:
+        """The server's version, where it answers and takes the token."""
+        self._call(self._api.users.whoami)
+        return str(self._call(self._api.versions.get).release)
+
+    def ensure_project(self, title: str, screen: str, instructions: str) -> int:
+        """The id of the project called `title`: made once, its screen and instructions kept up to date."""
+        if not 3 <= len(title) <= 50:
+            raise ValueError(f"the project title {title!r} must have 3 to 50 characters")
+        settings = {
+            "label_config": screen,
+            "expert_instruction": instructions,
+            "show_instruction": True,
+            "show_collab_predictions": True,
+            "enable_empty_annotation": False,
+        }
+
+        def ensure() -> int:
+            for project in self._api.projects.list(search=title, ordering="id", page_size=PAGE):
+                if project.title == title:
+                    if any(getattr(project, name) != value for name, value in settings.items()):
+                        self._api.projects.update(project.id, **settings)
+                    return int(project.id)
+            return int(self._api.projects.create(title=title, **settings).id)
+
+        return self._call(ensure)
+
+    def serve_folder(self, project: int, folder: Path) -> None:
+        """Let `project` show the files of `folder`, which lies below the server's document root."""
+        path = str(folder.resolve())
+
+        def serve() -> None:
+            if all(storage.path != path for storage in self._api.import_storage.local.list(project=project)):
+                self._api.import_storage.local.create(project=project, path=path, use_blob_urls=False)
+
+        self._call(serve)
+
+    @staticmethod
+    def local_file_url(document_root: Path, file: Path) -> str:
+        """The address at which labelers see `file`, which lies below `document_root`."""
+        relative = file.resolve().relative_to(document_root.resolve())
+        return "/data/local-files/?d=" + quote(relative.as_posix())
+
+    def attach_backend(self, project: int, url: str, title: str) -> None:
+        """Let the service at `url` answer strokes and hear about annotations of `project`; once an address."""
+
+        def attach() -> None:
+            if all(backend.url != url for backend in self._api.ml.list(project=project)):
+                self._api.ml.create(project=project, url=url, title=title, is_interactive=True)
+
+        self._call(attach)
+
+    def push(
+        self,
+        project: int,
+        tasks: Sequence[dict[str, Any]],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, int]:
+        """Make the tasks that are not there yet; sample id -> task id of all of `tasks`.
+
+        A task is known by its data.sample and data.round, so pushing twice, or again after a crash, makes no
+        second one. `on_progress` is called with (done, all).
+        """
+        names = [(task["data"]["sample"], task["data"]["round"]) for task in tasks]
+        assert len({sample for sample, _ in names}) == len(names), "a batch asks about a sample once"
+        found: dict[str, int] = {}
+        for begin in range(0, len(tasks), PART):
+            found |= self._call(self._push_part, project, tasks[begin : begin + PART])
+            if on_progress:
+                on_progress(len(found), len(tasks))
+        if tasks:
+            # Label Studio shows predictions of one model version only, and by itself stays with the first.
+            version = tasks[-1]["predictions"][-1]["model_version"]
+            self._call(lambda: self._api.projects.update(project, model_version=version))
+        return found
+
+    def answered(
+        self, project: int, since: str | None = None, task_ids: Iterable[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Tasks with at least one annotation, skipped ones too, in order of their id, as plain JSON.
+
+        `since`: only those that changed after this time of the server (a task's "updated_at"); `task_ids`:
+        only these. Each annotation has the labeler's email as "labeler".
+        """
+        limits = []
+        if since is not None:
+            limits.append(_filter("updated_at", "greater", "Datetime", since))
+        if task_ids is not None:
+            limits.append(_filter("id", "in_list", "Number", list(task_ids)))
+        found: dict[int, dict[str, Any]] = {}
+        # Skipping makes a cancelled annotation, which the count of annotations leaves out.
+        for count in ("total_annotations", "cancelled_annotations"):
+            for task in self._list(project, [_filter(count, "greater", "Number", 0), *limits]):
+                found[task["id"]] = task
+        emails = {user.id: user.email for user in self._call(self._api.users.list)} if found else {}
+        for task in found.values():
+            for annotation in task["annotations"]:
+                by = annotation["completed_by"]
+                annotation["labeler"] = emails.get(by, str(by))
+        return [found[task_id] for task_id in sorted(found)]
+
+    def task(self, task_id: int) -> dict[str, Any]:
+        """One task with its annotations and predictions, as plain JSON."""
+        return _plain(self._call(lambda: self._api.tasks.get(id=task_id)))
+
+    def annotate(
+        self,
+        task_id: int,
+        result: Sequence[dict[str, Any]],
+        lead_time: float,
+        parent_prediction: int | None = None,
+    ) -> None:
+        """Submit an annotation as the owner of the token; `lead_time` in seconds."""
+        known = {} if parent_prediction is None else {"parent_prediction": parent_prediction}
+        # The server refuses a second annotation of the same name, so an answer that got lost does no harm.
+        name = str(uuid.uuid4())
+
+        def submit() -> None:
+            try:
+                self._api.annotations.create(
+                    id=task_id, result=list(result), lead_time=lead_time, unique_id=name, **known
+                )
+            except ApiError as error:
+                if error.status_code != 409:
+                    raise
+
+        self._call(submit)
+
+    def _push_part(self, project: int, tasks: Sequence[dict[str, Any]]) -> dict[str, int]:
+        found = self._look_up(project, tasks)
+        missing = [task for task in tasks if task["data"]["sample"] not in found]
+        if missing:
+            self._api.projects.import_tasks(id=project, request=missing, return_task_ids=True)
+            found = self._look_up(project, tasks)
+        lost = [task["data"]["sample"] for task in tasks if task["data"]["sample"] not in found]
+        if lost:
+            raise ValueError(f"Label Studio took {len(lost)} tasks without making them, the first for {lost[0]}")
+        return found
+
+    def _look_up(self, project: int, tasks: Sequence[dict[str, Any]]) -> dict[str, int]:
+        rounds = {task["data"]["sample"]: task["data"]["round"] for task in tasks}
+        query = _query([_filter("data.sample", "in_list", "String", list(rounds))])
+        found: dict[str, int] = {}
+        for task in self._api.tasks.list(project=project, query=query, page_size=PAGE, fields="task_only"):
+            sample = task.data.get("sample")
+            if sample in rounds and task.data.get("round") == rounds[sample]:
+                found[sample] = min(task.id, found.get(sample, task.id))
+        return found
+
+    def _list(self, project: int, filters: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """Tasks page by page, each page its own call."""
+        page = 1
+        while True:
+            items = self._call(self._page, project, _query(filters), page)
+            yield from items
+            if len(items) < PAGE:
+                return
+            page += 1
+
+    def _page(self, project: int, query: str, page: int) -> list[dict[str, Any]]:
+        try:
+            answer = self._api.tasks.list(project=project, query=query, page=page, page_size=PAGE)
+        except ApiError as error:
+            if error.status_code == 404 and page > 1:
+                return []  # the page after the last
+            raise
+        return [_plain(task) for task in answer.items or []]
+
+    def _call(self, call: Callable[..., Answer], *arguments: Any) -> Answer:
+        """What `call(*arguments)` answers; repeated while the network or the server fails for a while."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_passing),
+            wait=tenacity.wait_exponential_jitter(initial=0.3, max=5),
+            stop=tenacity.stop_after_delay(self._patience),
+            reraise=True,
+        )
+        try:
+            return retrying(call, *arguments)
+        except (httpx.TransportError, ApiError, json.JSONDecodeError) as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> Exception:
+        if not isinstance(error, ApiError):
+            return LabelStudioUnreachable(f"Label Studio at {self.url} does not answer; start it with `abnloop up`")
+        status, detail = error.status_code, _detail(error.body)
+        if status in (401, 403):
+            return TokenRefused(
+                f"Label Studio at {self.url} refused the token ({status}); "
+                "make a new personal access token under Account & Settings"
+            )
+        if _passing(error):
+            return LabelStudioUnreachable(f"Label Studio at {self.url} keeps failing ({status}): {detail}")
+        return ValueError(f"Label Studio at {self.url} refused the request ({status}): {detail}")
+
+
+def _passing(error: BaseException) -> bool:
+    """Is this a failure that may be over in a moment?"""
+    if isinstance(error, ApiError):
+        return error.status_code == 429 or (error.status_code or 0) >= 500
+    return isinstance(error, httpx.TransportError)
+
+
+def _detail(body: Any) -> str:
+    """The server's own words, in one line."""
+    if isinstance(body, dict):
+        body = body.get("validation_errors") or body.get("detail") or body
+    return " ".join(str(body).split())[:300]
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    """An answer of the SDK as the JSON it was."""
+    plain: dict[str, Any] = json.loads(model.json())
+    return plain
+
+
+def _query(filters: list[dict[str, Any]]) -> str:
+    return json.dumps({"filters": {"conjunction": "and", "items": filters}})
+
+
+def _filter(column: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
+    return {"filter": f"filter:tasks:{column}", "operator": operator, "type": kind, "value": value}

@@ -1,0 +1,262 @@
+"""The manifest, with what people said about it laid over, becomes batches of pictures, labels and masks."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+SPLITS = ("train", "val", "test", "pool")
+MANIFEST_COLUMNS = ("id", "image", "label", "split", "group")
+CORRECTION_COLUMNS = (
+    *("sample", "round", "annotation", "revision", "labeler", "verdict", "label"),
+    *("minutes", "model_version", "masks", "sha256"),
+)
+CACHE_BYTES = 4 << 30  # decoded pictures are kept in memory up to this much
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    size: tuple[int, int]  # height, width in pixels
+    flip: bool
+    shift: int  # pixels
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 8:
+            raise ValueError(f"data.size is {list(self.size)}; height and width must be at least 8 pixels")
+        if not 0 <= self.shift < min(self.size):
+            raise ValueError(f"data.shift is {self.shift}; it must be from 0 to {min(self.size) - 1} pixels")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture as training sees it: the manifest's row after the corrections."""
+
+    id: str
+    image: str  # relative to the workspace
+    label: str  # empty: not known
+    split: str
+    masks: str = ""  # the file of masks that holds this sample's; empty: nobody gave one
+    sha256: str = ""  # of that mask's bytes
+
+
+class Batch(NamedTuple):
+    images: UInt8[Tensor, "b 3 h w"]
+    labels: Int[Tensor, "b"]  # -1: not known
+    masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what a person marked as evidence; meaningless without has_mask
+    has_mask: Int[Tensor, "b"]
+    indices: Int[Tensor, "b"]  # into the samples
+
+
+def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
+    """The samples of data/manifest.csv, in its order, each with its correction of data/corrections.csv.
+
+    A correction may bring a mask or another label; one that calls a picture unusable takes it out. Both files stay
+    as they are, so a withdrawn correction undoes itself. `corrected=False` leaves the corrections out. Raises ValueError naming file and row.
+    """
+    root = Path(root)
+    rows = _read_csv(root / "data/manifest.csv", MANIFEST_COLUMNS)
+    corrections = read_corrections(root) if corrected else {}
+    samples = []
+    for line, row in enumerate(rows, start=2):
+        if row["split"] not in SPLITS:
+            raise ValueError(f"data/manifest.csv line {line}: split is {row['split']!r}; use {', '.join(SPLITS)}")
+        if not row["label"] and row["split"] != "pool":
+            raise ValueError(f"data/manifest.csv line {line}: {row['id']} has no label; only the pool may lack one")
+        sample = Sample(row["id"], row["image"], row["label"], row["split"])
+        correction = corrections.get(sample.id)
+        if correction and correction["verdict"] == "unusable":
+            continue
+        if correction:
+            label = correction["label"] or sample.label
+            sample = replace(sample, label=label, masks=correction["masks"], sha256=correction["sha256"])
+        samples.append(sample)
+    return samples
+
+
+def read_corrections(root: str | Path) -> dict[str, dict[str, str]]:
+    """The rows of data/corrections.csv by sample id: what people said so far, as far as it counts."""
+    rows = _read_csv(Path(root) / "data/corrections.csv", CORRECTION_COLUMNS)
+    return {row["sample"]: row for row in rows}
+
+
+def class_names(samples: Sequence[Sample]) -> list[str]:
+    """The classes, sorted, of all that is labeled. Raises ValueError for fewer than two, or one never trained on."""
+    classes = sorted({sample.label for sample in samples if sample.label})
+    if len(classes) < 2:
+        raise ValueError(f"data/manifest.csv has {len(classes)} class(es) {classes}; a classifier needs at least 2")
+    trained = {sample.label for sample in samples if sample.split in ("train", "pool")}
+    if missing := [name for name in classes if name not in trained]:
+        raise ValueError(f"class {missing[0]} has no images to train on; move some of its rows to split train")
+    return classes
+
+
+def training_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """What a network may learn from: split train, and whatever of the pool has a label by now."""
+    return [sample for sample in samples if sample.split == "train" or (sample.split == "pool" and sample.label)]
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; make a workspace with `abnloop init`")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
+            raise ValueError(f"{path} has no column {missing[0]}; it needs {','.join(columns)}")
+        return list(reader)
+
+
+class MaskShards:
+    """Masks by file and sample id. Each file is opened once; a mask must be the one that the index names."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._open: dict[str, np.lib.npyio.NpzFile] = {}
+
+    def get(self, file: str, sample: str, sha256: str = "") -> UInt8[np.ndarray, "H W"]:
+        if file not in self._open:
+            path = self.root / file
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; restore it with `dvc checkout` or `dvc pull`")
+            self._open[file] = np.load(path, allow_pickle=False)
+        if sample not in self._open[file]:
+            raise ValueError(f"{file} holds no mask of sample {sample}; restore it with `dvc checkout`")
+        mask = self._open[file][sample]
+        if sha256 and mask_sha256(mask) != sha256:
+            raise ValueError(f"the mask of sample {sample} in {file} is not the one that was collected; `dvc checkout`")
+        return mask
+
+    def holds(self, file: str, sample: str) -> bool:
+        path = self.root / file
+        if file not in self._open and path.is_file():
+            self._open[file] = np.load(path, allow_pickle=False)
+        return file in self._open and sample in self._open[file]
+
+
+def mask_sha256(mask: UInt8[np.ndarray, "H W"]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()
+
+
+def read_image(path: str | Path, size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
+    """A picture as RGB, 0..255, resized to (height, width)."""
+    with Image.open(path) as image:
+        rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def resize_mask(mask: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[Tensor, "1 h w"]:
+    """A mask resized to (height, width) with the filter that its picture gets, so that both stay together."""
+    resized = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized))[None]
+
+
+class Pictures(Dataset[Batch]):
+    """Samples as tensors. An item is a `Batch` of the given indices, so that a whole batch costs one call."""
+
+    def __init__(
+        self, root: str | Path, samples: Sequence[Sample], classes: Sequence[str], size: tuple[int, int]
+    ) -> None:
+        self.root, self.samples, self.size = Path(root), list(samples), size
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.labels = torch.tensor([numbers.get(sample.label, -1) for sample in self.samples])
+        self.shards = MaskShards(root)
+        self.cached = len(self.samples) * 3 * size[0] * size[1] <= CACHE_BYTES
+        self._images: dict[int, Tensor] = {}
+        self._masks: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        masks = [self._mask(index) for index in indices]
+        nothing = torch.zeros((1, *self.size), dtype=torch.uint8)
+        chosen = torch.tensor(indices)
+        return Batch(
+            torch.stack([self._image(index) for index in indices]),
+            self.labels[chosen],
+            torch.stack([nothing if mask is None else mask for mask in masks]),
+            torch.tensor([mask is not None for mask in masks]),
+            chosen,
+        )
+
+    def _image(self, index: int) -> Tensor:
+        if index in self._images:
+            return self._images[index]
+        path = self.root / self.samples[index].image
+        try:
+            image = read_image(path, self.size)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error}); restore it with `dvc checkout`") from error
+        if self.cached:
+            self._images[index] = image
+        return image
+
+    def _mask(self, index: int) -> Tensor | None:
+        sample = self.samples[index]
+        if not sample.masks:
+            return None
+        if index not in self._masks:
+            self._masks[index] = resize_mask(self.shards.get(sample.masks, sample.id, sample.sha256), self.size)
+        return self._masks[index]
+
+
+def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:
+    """The given batches in their order; worker processes decode where the pictures do not fit into memory."""
+    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=0 if pictures.cached else 4)  # type: ignore[arg-type]
+
+
+def in_order(count: int, batch_size: int) -> list[list[int]]:
+    return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+
+
+def epoch_batches(
+    count: int, corrected: Sequence[int], batch_size: int, share: float, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """The batches of an epoch over `count` samples, `share` of each batch drawn from the corrected ones.
+
+    The number of steps is that of an epoch without corrections, so that training with and without them costs, and
+    compares, the same. The drawn ones come first in a batch. No correction is drawn twice into a batch.
+    """
+    drawn = min(round(share * batch_size), len(corrected))
+    order = torch.randperm(count, generator=generator).tolist()
+    steps = max(1, round(count / batch_size))
+    rest = min(batch_size, count) - drawn
+    for step in range(steps):
+        extra = [corrected[i] for i in torch.randperm(len(corrected), generator=generator)[:drawn].tolist()]
+        yield extra + order[step * rest : (step + 1) * rest]
+
+
+def augment(
+    images: Float[Tensor, "b 3 h w"],
+    masks: Float[Tensor, "b 1 h w"],
+    config: DataConfig,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]:
+    """Mirrors and moves each picture at random, and its mask with it: the mask travels as a fourth channel of the
+    picture, so that no transform can part them. What moves in from outside repeats the edge. Whole pixels only."""
+    count, _, height, width = images.shape
+    both = torch.cat([images, masks], dim=1)
+    if config.flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        both = torch.where(mirrored.view(-1, 1, 1, 1).to(both.device), both.flip(-1), both)
+    if config.shift:
+        pad = config.shift
+        both = F.pad(both, (pad, pad, pad, pad), mode="replicate")
+        tops, lefts = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(both.device)
+        rows = (tops[:, None] + torch.arange(height, device=both.device))[:, None, :, None]
+        columns = (lefts[:, None] + torch.arange(width, device=both.device))[:, None, None, :]
+        picture = torch.arange(count, device=both.device).view(-1, 1, 1, 1)
+        channel = torch.arange(4, device=both.device).view(1, -1, 1, 1)
+        both = both[picture, channel, rows, columns]
+    return both[:, :3], both[:, 3:]

@@ -1,0 +1,94 @@
+"""Predictions become numbers: `python -m abn.evaluate` writes results/metrics.json and results/plots/."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from abn.attention import context_reliance, energy_inside, iou
+from abn.data import Sample, class_names
+from abn.files import replacing
+from abn.predictions import Predictions, read_predictions
+from abn.stage import parse_stage
+
+
+def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np.ndarray, "m"]) -> dict[str, float]:
+    """The metrics of the samples at `rows`, which all have a label (an index into the classes).
+
+    accuracy, balanced_accuracy (mean of the classes' recalls) and worst_class_accuracy are higher-is-better, 0..1.
+    Of the samples with a gold mask: attention_inside_mask and map_iou (higher), mask_share (what chance would give
+    attention_inside_mask), context_reliance (lower), accuracy_in_other_context (higher).
+    """
+    answers, truth = predictions.probabilities[rows].argmax(axis=1), labels[rows]
+    recalls = [float((answers[truth == label] == label).mean()) for label in np.unique(truth)]
+    metrics = {
+        "samples": len(rows),
+        "accuracy": float((answers == truth).mean()),
+        "balanced_accuracy": float(np.mean(recalls)),
+        "worst_class_accuracy": min(recalls),
+    }
+    gold = rows[predictions.has_gold[rows]]
+    if len(gold):
+        maps, masks = predictions.maps[gold], predictions.gold_maps[gold]
+        replaced = predictions.replaced_probabilities[gold]
+        metrics |= {
+            "gold_samples": len(gold),
+            "attention_inside_mask": float(energy_inside(maps, masks).mean()),
+            "map_iou": float(iou(maps, masks).mean()),
+            "mask_share": float(masks.mean()),
+            "context_reliance": float(context_reliance(predictions.probabilities[gold], replaced).mean()),
+            "accuracy_in_other_context": float((replaced.argmax(axis=1) == labels[gold]).mean()),
+        }
+    return metrics
+
+
+def align(
+    samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
+) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Label (index, -1 unknown) and split of each row of the predictions.
+
+    Raises ValueError where the predictions are of another manifest.
+    """
+    by_id = {sample.id: sample for sample in samples}
+    if unknown := [name for name in predictions.samples.tolist() if name not in by_id]:
+        raise ValueError(f"results/predictions know sample {unknown[0]}, data/manifest.csv does not; run `dvc repro`")
+    rows = [by_id[name] for name in predictions.samples.tolist()]
+    labels = np.array([classes.index(row.label) if row.label in classes else -1 for row in rows])
+    return labels, np.array([row.split for row in rows])
+
+
+def main() -> None:
+    stage = parse_stage("Measure the predictions.")
+    samples, predictions = stage.samples(), read_predictions(stage.results / "predictions")
+    classes = class_names(samples)
+    labels, splits = align(samples, predictions, classes)
+    metrics = {
+        split: measure(predictions, labels, rows)
+        for split in ("train", "val", "test")
+        if len(rows := np.flatnonzero((splits == split) & (labels >= 0)))
+    }
+    with replacing(stage.results / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    test = np.flatnonzero(splits == "test")
+    answers = predictions.probabilities[test].argmax(axis=1)
+    pairs = zip(labels[test], answers, strict=True)
+    _write_csv(stage.results / "plots/confusion.csv", ("actual", "predicted"), [(classes[a], classes[p]) for a, p in pairs])
+    history = [json.loads(line) for line in (stage.results / "train.jsonl").read_text().splitlines()]
+    columns = ("epoch", "loss", "accuracy")
+    _write_csv(stage.results / "plots/training.csv", columns, [[line[name] for name in columns] for line in history])
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Trains the network: `python -m abn.train` reads params.yaml and data/, writes results/model.pt and train.jsonl.
+
+The loop is explicit and resumable: each epoch draws its randomness from (seed, epoch) alone, and the checkpoint after
+an epoch holds the weights and the optimizer, so that a run that was killed ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from abn.config import load_section
+from abn.context import binarised, random_contexts, replace_context
+from abn.data import (
+    Batch,
+    DataConfig,
+    Pictures,
+    augment,
+    Sample,
+    class_names,
+    epoch_batches,
+    loader,
+    training_samples,
+)
+from abn.files import replacing
+from abn.losses import MAP_LOSSES
+from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
+from abn.stage import parse_stage
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    start: Literal["scratch", "champion"]
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class CorrectionsConfig:
+    recipe: Literal["context", "paper", "none"]
+    map_loss: Literal["l2"]
+    map_weight: float
+    share: float
+    context_rate: float
+    propagate_from: float
+    propagate_rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("share", "context_rate", "propagate_from", "propagate_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"corrections.{name} is {getattr(self, name)}; it must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    corrections: CorrectionsConfig
+
+    @classmethod
+    def load(cls, path: str | Path) -> Settings:
+        return cls(
+            load_section(DataConfig, path, "data"),
+            load_section(ModelConfig, path, "model"),
+            load_section(TrainConfig, path, "train"),
+            load_section(CorrectionsConfig, path, "corrections"),
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"train.device is {name!r}, which this machine lacks; set it to auto") from error
+    return torch.device(name)
+
+
+def train(
+    root: Path,
+    samples: Sequence[Sample],
+    settings: Settings,
+    output: Path,
+    on_epoch: Callable[[dict[str, float]], None],
+) -> None:
+    """Trains on the samples of the workspace at `root` into the folder `output`; `on_epoch` gets each line of
+    train.jsonl. The number of steps does not depend on the masks: without any, this is the control."""
+    config, device = settings.train, choose_device(settings.train.device)
+    classes = class_names(samples)
+    pictures = Pictures(root, training_samples(samples), classes, settings.data.size)
+    corrected = [index for index, sample in enumerate(pictures.samples) if sample.masks]
+    if settings.corrections.recipe == "none":
+        corrected = []
+
+    torch.manual_seed(config.seed)
+    network = _starting_network(root, settings, classes).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
+    )
+    objective = Objective(network, settings, device, bool(corrected))
+    history = History(_fingerprint(root, samples, settings), output, network, optimizer)
+    for epoch in range(history.done + 1, config.epochs + 1):
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        batches = list(
+            epoch_batches(len(pictures), corrected, config.batch_size, settings.corrections.share, generator)
+        )
+        network.train()
+        totals: dict[str, float] = {}
+        for step, batch in enumerate(loader(pictures, batches)):
+            rate = learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, parts = objective(batch, generator, (epoch - 1) / config.epochs)
+            if not math.isfinite(loss.item()):
+                names = ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
+                raise FloatingPointError(f"the loss is {loss.item()} at epoch {epoch}, step {step + 1}; samples {names}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0.0) + value / len(batches)
+        seconds = time.perf_counter() - began
+        line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
+        history.add(line)
+        on_epoch(line)
+    save_model(output / "model.pt", network, settings.model, classes, settings.data.size)
+    history.close()
+
+
+class Objective:
+    """The loss of a batch: both branches' cross-entropy (unweighted, as in the ABN paper), and what masks add."""
+
+    def __init__(self, network: ABN, settings: Settings, device: torch.device, corrected: bool) -> None:
+        self.network, self.settings, self.device, self.corrected = network, settings, device, corrected
+        self.map_loss = MAP_LOSSES[settings.corrections.map_loss]
+
+    def __call__(self, batch: Batch, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """The loss to descend, and its parts as numbers; `progress` of the training is 0..1."""
+        config = self.settings.corrections
+        labels = batch.labels.to(self.device)
+        images, masks = augment(
+            batch.images.to(self.device).float() / 255,
+            batch.masks.to(self.device).float() / 255,
+            self.settings.data,
+            generator,
+        )
+        masked = batch.has_mask.to(self.device) & (config.recipe != "none")
+        if self.corrected and config.recipe == "context":
+            images = self._in_other_contexts(images, masks, masked, generator, progress)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = self.network(images.contiguous(memory_format=torch.channels_last))
+        attention = F.cross_entropy(output.attention_logits.float(), labels)
+        perception = F.cross_entropy(output.logits.float(), labels)
+        loss = attention + perception
+        right = (output.logits.argmax(dim=1) == labels).float().mean()
+        parts = {"attention_loss": attention.item(), "perception_loss": perception.item(), "accuracy": right.item()}
+        if masked.any():
+            maps = output.attention_map.float()[masked]
+            distance = self.map_loss(maps, resize_map(masks[masked], maps.shape[-2:])).mean()
+            loss = loss + config.map_weight * distance
+            parts["map_loss"] = distance.item()
+        return loss, {"loss": loss.item(), **parts}
+
+
+    def _in_other_contexts(
+        self, images: Tensor, masks: Tensor, masked: Tensor, generator: torch.Generator, progress: float
+    ) -> Tensor:
+        """Corrected pictures, some of the time, with everything outside their mask replaced. Later in the training
+        the others too: what the corrections taught the attention map makes it a fair mask where nobody gave one."""
+        config = self.settings.corrections
+        keep, rates = binarised(masks), masked * config.context_rate
+        if progress >= config.propagate_from and config.propagate_rate:
+            own = binarised(resize_map(self._attention(images), images.shape[-2:]), grow=1)
+            keep = torch.where(masked.view(-1, 1, 1, 1), keep, own)
+            rates = torch.where(masked, rates, config.propagate_rate)
+        chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
+        replaced = replace_context(images, keep, random_contexts(images, generator))
+        return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
+
+    @torch.no_grad()
+    def _attention(self, images: Tensor) -> Tensor:
+        self.network.eval()  # the running means of the batch norms stay those of the training pictures
+        _, maps = self.network.attend(self.network.extract(images))
+        self.network.train()
+        return maps
+
+
+class History:
+    """train.jsonl and the checkpoint beside it: what has been done, and whether it may be gone on from."""
+
+    def __init__(self, inputs: str, output: Path, network: ABN, optimizer: torch.optim.Optimizer) -> None:
+        self.network, self.optimizer = network, optimizer
+        self.lines, self.checkpoint = output / "train.jsonl", output / "checkpoint.pt"
+        self.inputs = inputs
+        self.done = 0
+        output.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.is_file():
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if saved["inputs"] == self.inputs:
+                network.load_state_dict(saved["network"])
+                optimizer.load_state_dict(saved["optimizer"])
+                self.done = saved["epoch"]
+                self.lines.write_text(saved["lines"])
+        if not self.done:
+            self.lines.write_text("")
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        state = {
+            "inputs": self.inputs,
+            "epoch": line["epoch"],
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lines": self.lines.read_text(),
+        }
+        with replacing(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def close(self) -> None:
+        self.checkpoint.unlink(missing_ok=True)
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Linear warm-up over a tenth of the training, then a cosine down to zero; `progress` is 0..1."""
+    if progress < 0.1:
+        return config.learning_rate * max(progress, 0.002) / 0.1
+    return config.learning_rate * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+
+
+def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN:
+    network = ABN(settings.model, len(classes))
+    start = root / "models/start.pt"
+    if settings.train.start == "champion" and start.is_file() and start.stat().st_size:
+        loaded = load_model(start)
+        if loaded.classes != classes:
+            raise ValueError(f"models/start.pt knows the classes {loaded.classes}, not {classes}; set train.start: scratch")
+        network.load_state_dict(loaded.network.state_dict())
+    return network
+
+
+def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings) -> str:
+    """Of all that a training depends on: a checkpoint of other inputs is not gone on from."""
+    inputs = {"settings": asdict(settings), "samples": [asdict(sample) for sample in samples]}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+    start = root / "models/start.pt"
+    digest.update(start.read_bytes() if start.is_file() else b"")
+    return digest.hexdigest()
+
+
+def main() -> None:
+    stage, settings = parse_stage("Train the network."), Settings.load("params.yaml")
+
+    def say(line: dict[str, float]) -> None:
+        print(
+            f"epoch {line['epoch']}/{settings.train.epochs}  loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}"
+            f"  {line['seconds']:.1f} s",
+            flush=True,
+        )
+
+    train(Path(), stage.samples(), settings, stage.results, say)
+
+
+if __name__ == "__main__":
+    main()

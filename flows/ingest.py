@@ -208,7 +208,7 @@ def _from_folders(images: Path, masks: Path | None) -> list[Source]:
 
 
 def _from_index(index: Path, images: Path, masks: Path | None) -> list[Source]:
-    """Pictures of a CSV with columns among id, image, cls or label, split, group, mask; its paths start at its folder."""
+    """Pictures of a CSV with columns among id, image, cls or label, split, group, mask; paths start at its folder."""
     try:
         rows = list(csv.DictReader(io.StringIO(index.read_text(encoding="utf-8-sig"), newline="")))
     except UnicodeDecodeError as error:

@@ -6,7 +6,6 @@ import fcntl
 import io
 import json
 import os
-import secrets
 import socket
 import time
 import zipfile
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from abn.files import replacing
 
 MANIFEST_COLUMNS = ["id", "image", "label", "split", "group"]
 CORRECTION_COLUMNS = ["sample", "round", "annotation", "revision", "labeler", "verdict", "label", "minutes"]
@@ -207,13 +208,14 @@ class Workspace:
         return rounds[-1] if rounds else None
 
     @contextmanager
-    def lock(self, command: str) -> Iterator[None]:
+    def lock(self, command: str, name: str = "lock") -> Iterator[None]:
         """Hold the workspace for `command`; one process at a time.
 
+        `name` tells apart what is held: "lock" the rounds, "services.lock" the services, which a round may start.
         Raises ValueError that names the holder. The kernel releases the lock when the holder ends, however it ends.
         """
         self.state.mkdir(exist_ok=True)
-        with self.lock_file.open("a+") as file:
+        with (self.state / name).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -249,22 +251,11 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> Non
 
     `mode` are its permissions, less the process's umask. Its folder is made where it is missing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
+    with replacing(path) as temporary:
+        # With its permissions from the first byte on: a secret is never readable by others, however briefly.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def init_workspace(
         pictures = _without_duplicates(_read_all(sources, report, progress), report)
         _check_classes(sources, pictures)
         pictures = assign_splits(pictures, seed)
-        _build_beside(directory, repository.resolve(), pictures, settings or {}, report, progress)
+        named = {"project.name": directory.name, **(settings or {})}
+        _build_beside(directory, repository.resolve(), pictures, named, report, progress)
     return report
 
 

@@ -135,7 +135,7 @@ class Workspace:
 
     @property
     def predictions(self) -> Path:
-        return self.results / "predictions.npz"
+        return self.results / "predictions"
 
     @property
     def metrics(self) -> Path:

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from flows.ingest import Picture, Source, assign_splits, change_settings, init_workspace
+from flows.versions import Git
+from flows.workspace import CORRECTION_COLUMNS, Workspace
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with nothing but its parameters."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(PROJECT / "params.yaml", folder)
+    shutil.copy(PROJECT / ".gitignore", folder)
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(folder)], check=True)
+    Git(folder).commit(["params.yaml", ".gitignore"], "Project")
+    return folder
+
+
+def noise(seed: int, size: tuple[int, int] = (6, 8), channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.squeeze()).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Twelve pictures each of cats and dogs with the same file names, and a mask for each."""
+    for number, label in enumerate(("cat", "dog")):
+        for index in range(12):
+            save(tmp_path / "images" / label / f"{index:03d}.png", noise(100 * number + index))
+            mask = np.zeros((6, 8), np.uint8)
+            mask[:3] = 255
+            save(tmp_path / "masks" / label / f"{index:03d}.png", mask)
+    return tmp_path
+
+
+def manifest(workspace: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((workspace / "data" / "manifest.csv").open(encoding="utf-8")))
+
+
+def write_index(folder: Path, rows: list[dict[str, str]]) -> Path:
+    path = folder / "index.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def index_of(folder: Path) -> list[dict[str, str]]:
+    """The rows that describe `folders`, with splits."""
+    splits = ["train"] * 6 + ["val"] * 2 + ["test"] * 2 + ["pool"] * 2
+    return [
+        {"id": f"{label}{index}", "image": f"images/{label}/{index:03d}.png", "label": label, "split": splits[index]}
+        for label in ("cat", "dog")
+        for index in range(12)
+    ]
+
+
+# --- the whole
+
+
+def test_class_folders_become_a_committed_workspace(repository: Path, folders: Path) -> None:
+    report = init_workspace(repository, folders / "w", folders / "images", folders / "masks")
+    workspace, rows = Workspace(folders / "w"), manifest(folders / "w")
+    assert Git(workspace.root).is_clean()
+    assert Counter((row["label"], row["split"]) for row in rows) == {
+        **{("cat", "train"): 8, ("cat", "val"): 2, ("cat", "test"): 2},
+        **{("dog", "train"): 8, ("dog", "val"): 2, ("dog", "test"): 2},
+    }
+    for row in rows:
+        original = folders / "images" / row["label"] / f"{row['id'].split('_')[1]}.png"
+        assert (workspace.root / row["image"]).read_bytes() == original.read_bytes()
+    gold, simulation = np.load(workspace.gold), np.load(workspace.simulation)
+    assert set(gold) == {row["id"] for row in rows if row["split"] in ("val", "test")}
+    assert set(simulation) == {row["id"] for row in rows if row["split"] == "train"}
+    assert gold["cat_" + min(gold).split("_")[1]].shape == (6, 8)
+    assert {value for mask in gold.values() for value in np.unique(mask)} == {0, 255}
+    assert workspace.start_model.read_bytes() == b""
+    assert workspace.corrections.read_text() == ",".join(CORRECTION_COLUMNS) + "\n"
+    assert (report.gold_masks, report.simulation_masks) == (8, 16)
+    assert json.loads(workspace.ingest_report.read_text())["images"]["val"] == {"cat": 2, "dog": 2}
+    tracked = Git(workspace.root)._run("ls-files").split()
+    assert {"data/images.dvc", "data/gold.npz.dvc", "models/start.pt.dvc", "data/manifest.csv"} <= set(tracked)
+    assert not any(name.startswith((".abnloop", "data/images/")) for name in tracked)
+    assert str(folders) not in workspace.ingest_report.read_text()
+    origin = Git(workspace.root)._run("remote", "get-url", "origin").strip()
+    assert origin == str(repository)
+
+
+def test_an_index_says_splits_groups_ids_and_masks(repository: Path, folders: Path) -> None:
+    rows = [row | {"group": row["id"], "mask": "", "width": "8"} for row in index_of(folders)]
+    rows[0]["mask"] = "masks/cat/000.png"
+    rows[-1]["label"] = ""
+    write_index(folders, rows)
+    report = init_workspace(repository, folders / "w", folders)
+    known = {row["id"]: row for row in manifest(folders / "w")}
+    assert known["cat0"] == {
+        "id": "cat0", "image": "data/images/cat0.png", "label": "cat", "split": "train", "group": "cat0",
+    }  # fmt: skip
+    assert (known["dog11"]["label"], known["dog11"]["split"]) == ("", "pool")
+    assert (report.gold_masks, report.simulation_masks) == (0, 1)
+
+
+def test_a_dropped_class_and_settings_reach_the_workspace(repository: Path, folders: Path) -> None:
+    for index in range(3):
+        save(folders / "images" / "混合 mixed" / f"{index}.jpg", noise(900 + index))
+    report = init_workspace(
+        repository, folders / "w", folders / "images", drop=["混合 mixed"], settings={"train.epochs": 3}
+    )
+    assert report.dropped == {"混合 mixed": 3}
+    assert yaml.safe_load((folders / "w" / "params.yaml").read_text())["train"]["epochs"] == 3
+
+
+def test_unreadable_and_repeated_pictures_are_left_out_and_listed(repository: Path, folders: Path) -> None:
+    cats = folders / "images" / "cat"
+    (cats / "broken.png").write_bytes(b"not a picture")
+    (cats / "cut.png").write_bytes((cats / "000.png").read_bytes()[:90])
+    Image.open(cats / "001.png").convert("RGBA").save(cats / "again.png")
+    report = init_workspace(repository, folders / "w", folders / "images")
+    assert sorted(one["image"] for one in report.unreadable) == ["cat/broken.png", "cat/cut.png"]
+    assert report.duplicates == [{"image": "cat/again.png", "same_as": "cat/001.png"}]
+    assert len(manifest(folders / "w")) == 24
+
+
+def test_exif_orientation_is_baked_in(repository: Path, folders: Path) -> None:
+    pixels = noise(7, (4, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    save(folders / "images" / "cat" / "turned.png", pixels, exif=exif)
+    save(folders / "masks" / "cat" / "turned.png", np.full((10, 4), 255, np.uint8))
+    report = init_workspace(repository, folders / "w", folders / "images", folders / "masks")
+    assert report.turned == ["cat/turned.png"]
+    with Image.open(folders / "w" / "data" / "images" / "cat_turned.png") as image:
+        assert 0x0112 not in image.getexif()
+        assert np.array_equal(np.asarray(image), np.rot90(pixels, -1))
+
+
+def test_pictures_of_every_kind_are_taken_as_they_are(repository: Path, folders: Path) -> None:
+    cats = folders / "images" / "cat"
+    colour = Image.fromarray(noise(50))
+    kinds = {
+        "grey.png": colour.convert("L"),
+        "palette.png": colour.quantize(16),
+        "rgba.png": colour.convert("RGBA").rotate(180),
+        "cmyk.jpg": colour.convert("CMYK"),
+        "deep.png": Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000),
+        "deeper.png": Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000 + 400),
+        "two.tiff": colour.rotate(90, expand=True),
+    }
+    for name, image in kinds.items():
+        image.save(cats / name)
+    report = init_workspace(repository, folders / "w", folders / "images")
+    for name in kinds:
+        copy = folders / "w" / "data" / "images" / f"cat_{name}"
+        assert hashlib.sha256(copy.read_bytes()).digest() == hashlib.sha256((cats / name).read_bytes()).digest()
+    assert report.unreadable == report.duplicates == []
+    assert len(report.warnings) == 1 and "two.tiff" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("stored", "painted"),
+    [
+        (Image.fromarray(np.array([[0, 1]], np.uint8)), [0, 255]),
+        (Image.fromarray(np.array([[100, 200]], np.uint8)), [0, 255]),
+        (Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), [0, 255]),
+        (Image.fromarray(np.array([[1000, 60000]], np.uint16)), [0, 255]),
+        (Image.fromarray(np.array([[[0, 0, 0], [128, 0, 0]]], np.uint8)), [0, 255]),
+        (Image.fromarray(np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], np.uint8)), [0, 255]),
+        (Image.fromarray(np.array([[[0, 0, 0], [64, 0, 0]]], np.uint8)).quantize(2), [0, 255]),
+    ],
+)
+def test_masks_of_every_kind_are_read(tmp_path: Path, stored: Image.Image, painted: list[int]) -> None:
+    from flows.ingest import read_mask
+
+    stored.save(tmp_path / "mask.png")
+    source = Source("a", "a.png", tmp_path / "a.png", "cat", "val", "", tmp_path / "mask.png")
+    assert read_mask(Picture(source, "", 2, 1, False)).tolist() == [painted]
+
+
+# --- what is refused
+
+
+def refused(repository: Path, folders: Path, **options: Any) -> str:
+    """The one-line reason for which nothing is made."""
+    options = {"images": folders / "images", **options}
+    before = sorted(folders.rglob("*"))
+    with pytest.raises(ValueError) as error:
+        init_workspace(repository, folders / "w", **options)
+    assert sorted(folders.rglob("*")) == before, "something is left behind"
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_same_picture_in_two_splits_is_refused_with_both_names(repository: Path, folders: Path) -> None:
+    rows = index_of(folders)
+    shutil.copy(folders / "images/cat/000.png", folders / "images/cat/010.png")
+    rows[10]["split"] = "test"
+    reason = refused(repository, folders, index=write_index(folders, rows))
+    assert "images/cat/000.png (train) and images/cat/010.png (test) are the same picture in two splits" in reason
+
+
+def test_the_same_picture_under_two_classes_is_refused(repository: Path, folders: Path) -> None:
+    shutil.copy(folders / "images/cat/000.png", folders / "images/dog/000.png")
+    assert "cat/000.png (cat) and dog/000.png (dog)" in refused(repository, folders)
+
+
+def test_a_group_cut_by_the_index_is_refused(repository: Path, folders: Path) -> None:
+    rows = [row | {"group": "tile 7" if row["id"] in ("cat0", "cat8") else ""} for row in index_of(folders)]
+    assert "group tile 7 is cut" in refused(repository, folders, index=write_index(folders, rows))
+
+
+def test_an_empty_class_is_refused(repository: Path, folders: Path) -> None:
+    (folders / "images" / "fox").mkdir()
+    assert "class fox has no images" in refused(repository, folders)
+
+
+def test_a_class_of_broken_pictures_is_refused(repository: Path, folders: Path) -> None:
+    (folders / "images" / "fox").mkdir()
+    (folders / "images" / "fox" / "a.png").write_bytes(b"")
+    assert "class fox has no images that can be read" in refused(repository, folders)
+
+
+def test_a_mask_of_another_size_is_refused(repository: Path, folders: Path) -> None:
+    save(folders / "masks" / "dog" / "003.png", np.zeros((8, 6), np.uint8))
+    reason = refused(repository, folders, masks=folders / "masks")
+    assert "the mask of dog/003.png has 6 x 8 pixels, the image 8 x 6" in reason
+
+
+def test_an_unreadable_mask_is_refused(repository: Path, folders: Path) -> None:
+    (folders / "masks" / "dog" / "003.png").write_bytes(b"no")
+    assert "the mask of dog/003.png cannot be read" in refused(repository, folders, masks=folders / "masks")
+
+
+def test_masks_that_belong_to_no_image_are_refused(repository: Path, folders: Path) -> None:
+    save(folders / "strange" / "cat.png", np.zeros((6, 8), np.uint8))
+    assert "belongs to an image" in refused(repository, folders, masks=folders / "strange")
+
+
+def test_an_unknown_class_to_drop_is_refused_with_a_suggestion(repository: Path, folders: Path) -> None:
+    assert "did you mean cat?" in refused(repository, folders, drop=["cats"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"train.epoch": 3}, "did you mean train.epochs?"),
+        ({"train.epochs": "three"}, "train.epochs is 'three'; it must be of type int"),
+        ({"data.flip": 1}, "data.flip is 1; it must be of type bool"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused(
+    repository: Path, folders: Path, setting: dict[str, Any], reason: str
+) -> None:
+    assert reason in refused(repository, folders, settings=setting)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"id": "cat1"}, "id cat1 appears twice"),
+        ({"id": "CAT1"}, "appears twice"),
+        ({"id": "../cat"}, "not safe as a file name"),
+        ({"id": ""}, "not safe as a file name"),
+        ({"split": "valid"}, "split is valid; choose one of train, val, test, pool"),
+        ({"label": ""}, "without a label"),
+        ({"image": ""}, "names no image"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(
+    repository: Path, folders: Path, change: dict[str, str], reason: str
+) -> None:
+    rows = index_of(folders)
+    rows[0] |= change
+    assert reason in refused(repository, folders, index=write_index(folders, rows))
+
+
+def test_an_image_over_100_megapixels_is_refused(repository: Path, folders: Path) -> None:
+    Image.new("1", (10_001, 10_000)).save(folders / "images" / "cat" / "huge.png")
+    assert "cat/huge.png has 10001 x 10000 pixels; the limit is 100 megapixels" in refused(repository, folders)
+
+
+def test_a_directory_in_use_is_left_alone(repository: Path, folders: Path) -> None:
+    (folders / "w").mkdir()
+    (folders / "w" / "mine.txt").write_text("mine")
+    assert "exists already" in refused(repository, folders)
+
+
+def test_a_folder_without_classes_is_refused(repository: Path, folders: Path) -> None:
+    assert "holds no class folders" in refused(repository, folders, images=folders / "images" / "cat")
+
+
+def test_a_project_that_is_no_clone_is_refused(folders: Path) -> None:
+    assert "is not a git repository" in refused(folders, folders)
+
+
+def test_uncommitted_changes_of_the_project_are_told(repository: Path, folders: Path, tmp_path: Path) -> None:
+    project = tmp_path / "changed"
+    Git.clone(repository, project)
+    (project / "new.py").write_text("")
+    report = init_workspace(project, folders / "w", folders / "images")
+    assert report.warnings == ["the project has uncommitted changes; the workspace holds its last commit"]
+
+
+# --- splits and settings
+
+
+def pictures(labels_and_groups: list[tuple[str, str]]) -> list[Picture]:
+    return [
+        Picture(Source(f"s{index:04d}", f"s{index}", Path("x"), label, "", group, None), str(index), 1, 1, False)
+        for index, (label, group) in enumerate(labels_and_groups)
+    ]
+
+
+def test_splits_are_the_same_for_a_seed_in_any_order() -> None:
+    some = pictures([("ab"[index % 2], f"g{index // 3}") for index in range(120)])
+    one = {picture.source.id: picture.source.split for picture in assign_splits(some, 3)}
+    other = {picture.source.id: picture.source.split for picture in assign_splits(some[::-1], 3)}
+    third = {picture.source.id: picture.source.split for picture in assign_splits(some, 4)}
+    assert one == other and one != third
+
+
+def test_splits_never_cut_a_group_and_keep_the_shares() -> None:
+    rng = np.random.default_rng(0)
+    some = pictures([("abc"[int(rng.integers(3))], f"g{int(rng.integers(90))}") for _ in range(600)])
+    groups, counts = defaultdict(set), Counter()
+    for picture in assign_splits(some, 0):
+        groups[picture.source.group].add(picture.source.split)
+        counts[picture.source.split] += 1
+    assert all(len(splits) == 1 for splits in groups.values())
+    assert abs(counts["train"] - 420) < 15 and abs(counts["val"] - 90) < 15 and abs(counts["test"] - 90) < 15
+
+
+def test_too_few_pictures_for_three_splits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"split (val|test) has no images \(4 in all\)"):
+        assign_splits(pictures([("a", ""), ("a", ""), ("b", ""), ("b", "")]), 0)
+
+
+def test_settings_keep_the_comments_and_are_read_back_as_numbers(tmp_path: Path) -> None:
+    path = Path(shutil.copy(PROJECT / "params.yaml", tmp_path))
+    before = path.read_text().splitlines()
+    change_settings(path, {"train.learning_rate": 1e-5, "data.size": [64, 48], "train.momentum": 1})
+    params = yaml.safe_load(path.read_text())
+    assert (params["train"]["learning_rate"], params["train"]["momentum"], params["data"]["size"]) == (
+        1e-5,
+        1,
+        [64, 48],
+    )
+    changed = [line for line in path.read_text().splitlines() if line not in before]
+    assert len(changed) == 3 and "# height, width in pixels" in changed[0]

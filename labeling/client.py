@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ class LabelStudio:
         # A proxy for the outer world must not see calls to this machine.
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         http = httpx.Client(timeout=60, follow_redirects=True, trust_env=not local)
+        weakref.finalize(self, http.close)
         try:
             # Untyped: what the SDK declares is the hosted edition, not what a community server takes and answers.
             self._api: Any = label_studio_sdk.LabelStudio(
@@ -232,7 +234,7 @@ class LabelStudio:
         """What `call(*arguments)` answers; repeated while the network or the server fails for a while."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_passing),
-            wait=tenacity.wait_exponential_jitter(initial=0.3, max=5),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.3, max=5, jitter=0.3),
             stop=tenacity.stop_after_delay(self._patience),
             reraise=True,
         )

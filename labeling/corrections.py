@@ -76,6 +76,10 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
         raise ValueError("skipped by the labeler")
     data, results = task["data"], annotation["result"]
     height, width = data["height"], data["width"]
+    if not isinstance(data["sample"], str) or any(
+        type(number) is not int for number in (height, width, task["id"], annotation["id"])
+    ):
+        raise ValueError("the task or annotation lacks its sample, size or id")
     verdict = _choice(results, "verdict")
     if verdict is None:
         raise ValueError("no verdict")

@@ -1,0 +1,101 @@
+"""What several test files share: a real Label Studio for the session."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from labeling.studio import DEFAULT_COMMAND, prepare_data_dir, studio_command
+
+COMMAND = Path(__file__).parent.parent / DEFAULT_COMMAND
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A running Label Studio; files below `document_root` can be served."""
+
+    url: str
+    token: str
+    email: str
+    password: str
+    document_root: Path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "studio: starts a real Label Studio")
+
+
+@pytest.fixture(scope="session")
+def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """A Label Studio of its own for the test session, ended with all its processes."""
+    root = tmp_path_factory.mktemp("studio")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    email, password, token = "admin@example.com", secrets.token_hex(8), secrets.token_hex(20)
+    prepare_data_dir(COMMAND, root / "data")
+    command = studio_command(COMMAND, root / "data", port, email, password, token, root)
+    with (root / "log").open("w") as log:
+        process = subprocess.Popen(
+            command.argv, env=command.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_until_healthy(f"{command.url}/health", process, root / "log")
+        yield Studio(command.url, token, email, password, root)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"Label Studio ended:\n{log.read_text()[-2000:]}"
+        try:
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"Label Studio is not healthy after {seconds} s:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[FastAPI], str]]:
+    """Serves an application on a free port of this machine until the test ends; gives its address."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(_served(app))
+
+
+@contextmanager
+def _served(app: FastAPI) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server ended at once"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,72 @@
+"""The screen is well-formed for any classes, and a class name survives the way there and back."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from labeling.screen import VERDICTS, class_key, class_name, labeling_screen
+
+STRANGE = [
+    "leaf rust",
+    '"it\'s"',
+    "日本語",
+    "<b>&amp;</b>]]>",
+    "$image",
+    "true",
+    "1",
+    "a/b%20c",
+    "{{idx}}",
+    "new\nline",
+]
+
+
+@pytest.mark.parametrize("name", [*STRANGE, "", " ", "class:class:", "😀", "\t"])
+def test_a_class_name_comes_back_exactly(name: str) -> None:
+    assert class_name(class_key(name)) == name
+
+
+def test_class_keys_are_plain_and_different() -> None:
+    keys = [class_key(name) for name in STRANGE]
+    assert len(set(keys)) == len(keys)
+    for key in keys:
+        assert key.isascii() and not set(key) & set("$<>&\"'{} \n")
+
+
+def test_what_is_no_class_key_is_refused() -> None:
+    for key in ("cat", "", "class:%ff"):
+        with pytest.raises(ValueError):
+            class_name(key)
+
+
+@pytest.mark.parametrize("tool", ["bitmask", "brush"])
+def test_the_screen_offers_every_class_by_its_key(tool: str) -> None:
+    screen = ElementTree.fromstring(labeling_screen(STRANGE, tool))  # type: ignore[arg-type]
+    choices = screen.findall(".//Choices[@name='new_class']/Choice")
+    assert [class_name(choice.get("alias", "")) for choice in choices] == STRANGE
+    assert choices[2].get("value") == "日本語"
+    assert not any("$" in choice.get("value", "") for choice in choices)
+    assert screen.find(f".//{tool.capitalize()}Labels[@smartOnly='true']") is not None
+
+
+def test_every_verdict_has_a_key_of_its_own() -> None:
+    screen = ElementTree.fromstring(labeling_screen(["cat", "dog"]))
+    choices = screen.findall(".//Choices[@name='verdict']/Choice")
+    assert [choice.get("value") for choice in choices] == list(VERDICTS)
+    assert [choice.get("hotkey") for choice in choices] == ["1", "2", "3", "4", "5"]
+
+
+def test_few_classes_stay_in_sight_and_many_become_a_list() -> None:
+    few = ElementTree.fromstring(labeling_screen(["cat", "dog"]))
+    many = ElementTree.fromstring(labeling_screen([f"class {number}" for number in range(300)]))
+    assert few.find(".//Choices[@layout='inline']") is not None
+    assert many.find(".//Choices[@layout='select']") is not None
+
+
+def test_bad_screens_are_refused() -> None:
+    for classes in ([], ["cat"], ["cat", "cat"]):
+        with pytest.raises(ValueError, match="at least two different classes"):
+            labeling_screen(classes)
+    with pytest.raises(ValueError, match="choose bitmask or brush"):
+        labeling_screen(["cat", "dog"], "pencil")  # type: ignore[arg-type]

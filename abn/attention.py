@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 
 def energy_inside(maps: Float[np.ndarray, "n h w"], masks: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n"]:
-    """Share of a map's sum that lies inside the mask, 0..1, higher is better; chance is the mask's share of the picture.
+    """Share of a map's sum that lies inside the mask, 0..1, higher is better; chance is the mask's share of the area.
 
     sum(M * m) / sum(M): the energy-based pointing game of Wang et al., Score-CAM, CVPRW 2020.
     """
@@ -31,9 +31,7 @@ def disagreement(first: Float[np.ndarray, "n k"], second: Float[np.ndarray, "n k
     return np.clip((_relative_entropy(first, mean) + _relative_entropy(second, mean)) / 2, 0.0, 1.0)
 
 
-def context_reliance(
-    original: Float[np.ndarray, "n k"], replaced: Float[np.ndarray, "n k"]
-) -> Float[np.ndarray, "n"]:
+def context_reliance(original: Float[np.ndarray, "n k"], replaced: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n"]:
     """How far the answer moves when everything outside the mask is replaced: total variation, 0..1, lower is better.
 
     Of all scores here it alone measures the decision and not the picture of it.

@@ -63,7 +63,8 @@ def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
     """The samples of data/manifest.csv, in its order, each with its correction of data/corrections.csv.
 
     A correction may bring a mask or another label; one that calls a picture unusable takes it out. Both files stay
-    as they are, so a withdrawn correction undoes itself. `corrected=False` leaves the corrections out. Raises ValueError naming file and row.
+    as they are, so a withdrawn correction undoes itself. `corrected=False` leaves the corrections out.
+    Raises ValueError naming file and row.
     """
     root = Path(root)
     rows = _read_csv(root / "data/manifest.csv", MANIFEST_COLUMNS)
@@ -213,7 +214,7 @@ class Pictures(Dataset[Batch]):
 
 def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:
     """The given batches in their order; worker processes decode where the pictures do not fit into memory."""
-    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=0 if pictures.cached else 4)  # type: ignore[arg-type]
+    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=0 if pictures.cached else 4)
 
 
 def in_order(count: int, batch_size: int) -> list[list[int]]:

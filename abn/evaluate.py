@@ -76,8 +76,8 @@ def main() -> None:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     test = np.flatnonzero(splits == "test")
     answers = predictions.probabilities[test].argmax(axis=1)
-    pairs = zip(labels[test], answers, strict=True)
-    _write_csv(stage.results / "plots/confusion.csv", ("actual", "predicted"), [(classes[a], classes[p]) for a, p in pairs])
+    pairs = [(classes[a], classes[p]) for a, p in zip(labels[test], answers, strict=True)]
+    _write_csv(stage.results / "plots/confusion.csv", ("actual", "predicted"), pairs)
     history = [json.loads(line) for line in (stage.results / "train.jsonl").read_text().splitlines()]
     columns = ("epoch", "loss", "accuracy")
     _write_csv(stage.results / "plots/training.csv", columns, [[line[name] for name in columns] for line in history])

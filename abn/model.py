@@ -6,6 +6,7 @@ VISAPP 2021. Where paper and authors' code differ we follow the code: the map he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,6 +43,9 @@ class ABN(nn.Module):
 
     `residual` weighs the features g as g * (1 + M) (the paper's default), `gate` as g * M.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
@@ -91,11 +95,10 @@ class ABN(nn.Module):
         return self.linear(embedding), embedding
 
 
-def resize_map(attention_map: Float[Tensor, "b 1 i j"], size: tuple[int, int]) -> Float[Tensor, "b 1 h w"]:
-    """A map or mask at another resolution, 0..1: the mean of what a cell covers when shrinking, bilinear when growing."""
-    return F.interpolate(attention_map, size=tuple(size), mode="bilinear", antialias=True, align_corners=False).clamp(
-        0, 1
-    )
+def resize_map(attention_map: Float[Tensor, "b 1 i j"], size: Sequence[int]) -> Float[Tensor, "b 1 h w"]:
+    """A map or mask at another (height, width), 0..1: the mean of what a cell covers if smaller, bilinear if larger."""
+    resized = F.interpolate(attention_map, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    return resized.clamp(0, 1)
 
 
 class LoadedModel(NamedTuple):

@@ -25,8 +25,8 @@ from abn.data import (
     Batch,
     DataConfig,
     Pictures,
-    augment,
     Sample,
+    augment,
     class_names,
     epoch_batches,
     loader,
@@ -116,7 +116,7 @@ def train(
         corrected = []
 
     torch.manual_seed(config.seed)
-    network = _starting_network(root, settings, classes).to(device, memory_format=torch.channels_last)
+    network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
@@ -137,7 +137,7 @@ def train(
             loss, parts = objective(batch, generator, (epoch - 1) / config.epochs)
             if not math.isfinite(loss.item()):
                 names = ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
-                raise FloatingPointError(f"the loss is {loss.item()} at epoch {epoch}, step {step + 1}; samples {names}")
+                raise FloatingPointError(f"loss {loss.item()} at epoch {epoch}, step {step + 1}; samples {names}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -184,7 +184,6 @@ class Objective:
             loss = loss + config.map_weight * distance
             parts["map_loss"] = distance.item()
         return loss, {"loss": loss.item(), **parts}
-
 
     def _in_other_contexts(
         self, images: Tensor, masks: Tensor, masked: Tensor, generator: torch.Generator, progress: float
@@ -258,7 +257,8 @@ def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN
     if settings.train.start == "champion" and start.is_file() and start.stat().st_size:
         loaded = load_model(start)
         if loaded.classes != classes:
-            raise ValueError(f"models/start.pt knows the classes {loaded.classes}, not {classes}; set train.start: scratch")
+            known = f"models/start.pt knows the classes {loaded.classes}"
+            raise ValueError(f"{known}, not {classes}; set train.start: scratch")
         network.load_state_dict(loaded.network.state_dict())
     return network
 

@@ -33,10 +33,7 @@ class Studio:
     email: str
     password: str
     document_root: Path
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "studio: starts a real Label Studio")
+    pid: int
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +52,7 @@ def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
         )
     try:
         wait_until_healthy(f"{command.url}/health", process, root / "log")
-        yield Studio(command.url, token, email, password, root)
+        yield Studio(command.url, token, email, password, root, process.pid)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -435,10 +435,13 @@ def _check_token(workspace: Workspace) -> list[Finding]:
     label_studio = status(workspace)[0]
     if label_studio.state not in ("up", "external"):
         return []  # told already
+    unreachable = "check labeling.url in params.yaml, and that the server is up"
+    if not _answers(label_studio.address + HEALTH["label_studio"]):  # asked once; the client would try for long
+        return [Finding("broken", f"Label Studio at {label_studio.address} does not answer", unreachable)]
     try:
         LabelStudio(*label_studio_access(workspace)).check()
     except LabelStudioUnreachable as error:
-        return [Finding("broken", str(error), "check labeling.url in params.yaml, and that the server is up")]
+        return [Finding("broken", str(error), unreachable)]
     except TokenRefused as error:
         return [Finding("broken", str(error), f"set {TOKEN_VARIABLE} to an access token made in Label Studio")]
     return []

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows.ingest import Picture, Source, assign_splits, change_settings, init_workspace
+from flows.ingest import Picture, Report, Source, assign_splits, change_settings, init_workspace, read_mask
 from flows.versions import Git
 from flows.workspace import CORRECTION_COLUMNS, Workspace
 
@@ -42,20 +41,24 @@ def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
     return path
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
+def make_folders(folder: Path) -> Path:
     """Twelve pictures each of cats and dogs with the same file names, and a mask for each."""
     for number, label in enumerate(("cat", "dog")):
         for index in range(12):
-            save(tmp_path / "images" / label / f"{index:03d}.png", noise(100 * number + index))
+            save(folder / "images" / label / f"{index:03d}.png", noise(100 * number + index))
             mask = np.zeros((6, 8), np.uint8)
             mask[:3] = 255
-            save(tmp_path / "masks" / label / f"{index:03d}.png", mask)
-    return tmp_path
+            save(folder / "masks" / label / f"{index:03d}.png", mask)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    return make_folders(tmp_path)
 
 
 def manifest(workspace: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((workspace / "data" / "manifest.csv").open(encoding="utf-8")))
+    return list(csv.DictReader((workspace / "data" / "manifest.csv").read_text(encoding="utf-8").splitlines()))
 
 
 def write_index(folder: Path, rows: list[dict[str, str]]) -> Path:
@@ -91,7 +94,8 @@ def test_class_folders_become_a_committed_workspace(repository: Path, folders: P
     for row in rows:
         original = folders / "images" / row["label"] / f"{row['id'].split('_')[1]}.png"
         assert (workspace.root / row["image"]).read_bytes() == original.read_bytes()
-    gold, simulation = np.load(workspace.gold), np.load(workspace.simulation)
+    with np.load(workspace.gold) as gold_file, np.load(workspace.simulation) as simulation_file:
+        gold, simulation = dict(gold_file), dict(simulation_file)
     assert set(gold) == {row["id"] for row in rows if row["split"] in ("val", "test")}
     assert set(simulation) == {row["id"] for row in rows if row["split"] == "train"}
     assert gold["cat_" + min(gold).split("_")[1]].shape == (6, 8)
@@ -132,50 +136,62 @@ def test_a_dropped_class_and_settings_reach_the_workspace(repository: Path, fold
     assert yaml.safe_load((folders / "w" / "params.yaml").read_text())["train"]["epochs"] == 3
 
 
-def test_unreadable_and_repeated_pictures_are_left_out_and_listed(repository: Path, folders: Path) -> None:
-    cats = folders / "images" / "cat"
+@pytest.fixture(scope="module")
+def messy(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A workspace from pictures as people have them, of a project with uncommitted changes; and the report."""
+    folder = make_folders(tmp_path_factory.mktemp("messy"))
+    cats = folder / "images" / "cat"
     (cats / "broken.png").write_bytes(b"not a picture")
     (cats / "cut.png").write_bytes((cats / "000.png").read_bytes()[:90])
-    Image.open(cats / "001.png").convert("RGBA").save(cats / "again.png")
-    report = init_workspace(repository, folders / "w", folders / "images")
-    assert sorted(one["image"] for one in report.unreadable) == ["cat/broken.png", "cat/cut.png"]
-    assert report.duplicates == [{"image": "cat/again.png", "same_as": "cat/001.png"}]
-    assert len(manifest(folders / "w")) == 24
-
-
-def test_exif_orientation_is_baked_in(repository: Path, folders: Path) -> None:
-    pixels = noise(7, (4, 10))
+    Image.fromarray(noise(1)).convert("RGBA").save(cats / "again.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side
-    save(folders / "images" / "cat" / "turned.png", pixels, exif=exif)
-    save(folders / "masks" / "cat" / "turned.png", np.full((10, 4), 255, np.uint8))
-    report = init_workspace(repository, folders / "w", folders / "images", folders / "masks")
-    assert report.turned == ["cat/turned.png"]
-    with Image.open(folders / "w" / "data" / "images" / "cat_turned.png") as image:
-        assert 0x0112 not in image.getexif()
-        assert np.array_equal(np.asarray(image), np.rot90(pixels, -1))
-
-
-def test_pictures_of_every_kind_are_taken_as_they_are(repository: Path, folders: Path) -> None:
-    cats = folders / "images" / "cat"
+    save(cats / "turned.png", noise(7, (4, 10)), exif=exif)
+    save(folder / "masks" / "cat" / "turned.png", np.full((10, 4), 255, np.uint8))
     colour = Image.fromarray(noise(50))
-    kinds = {
-        "grey.png": colour.convert("L"),
-        "palette.png": colour.quantize(16),
-        "rgba.png": colour.convert("RGBA").rotate(180),
-        "cmyk.jpg": colour.convert("CMYK"),
-        "deep.png": Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000),
-        "deeper.png": Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000 + 400),
-        "two.tiff": colour.rotate(90, expand=True),
-    }
-    for name, image in kinds.items():
-        image.save(cats / name)
-    report = init_workspace(repository, folders / "w", folders / "images")
-    for name in kinds:
-        copy = folders / "w" / "data" / "images" / f"cat_{name}"
-        assert hashlib.sha256(copy.read_bytes()).digest() == hashlib.sha256((cats / name).read_bytes()).digest()
-    assert report.unreadable == report.duplicates == []
-    assert len(report.warnings) == 1 and "two.tiff" in report.warnings[0]
+    colour.convert("L").save(cats / "grey.png")
+    colour.quantize(16).save(cats / "palette.png")
+    colour.convert("RGBA").rotate(180).save(cats / "rgba.png")
+    colour.convert("CMYK").save(cats / "cmyk.jpg")
+    deep = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    Image.fromarray(deep).save(cats / "deep.png")
+    Image.fromarray(deep + 400).save(cats / "deeper.png")  # the same once clipped to 8 bits
+    colour.rotate(90, expand=True).save(cats / "two.tiff")
+    project = folder / "project"
+    Git.clone(repository, project)
+    (project / "new.py").write_text("")
+    return folder, init_workspace(project, folder / "w", folder / "images", folder / "masks")
+
+
+def test_unreadable_and_repeated_pictures_are_left_out_and_listed(messy: tuple[Path, Report]) -> None:
+    folder, report = messy
+    assert sorted(one["image"] for one in report.unreadable) == ["cat/broken.png", "cat/cut.png"]
+    assert report.duplicates == [{"image": "cat/again.png", "same_as": "cat/001.png"}]
+    assert not {"cat_broken", "cat_cut", "cat_again"} & {row["id"] for row in manifest(folder / "w")}
+    assert str(folder) not in (folder / "w" / "data" / "ingest.json").read_text()
+
+
+def test_exif_orientation_is_baked_in(messy: tuple[Path, Report]) -> None:
+    folder, report = messy
+    assert report.turned == ["cat/turned.png"]
+    with Image.open(folder / "w" / "data" / "images" / "cat_turned.png") as image:
+        assert 0x0112 not in image.getexif()
+        assert np.array_equal(np.asarray(image), np.rot90(noise(7, (4, 10)), -1))
+
+
+@pytest.mark.parametrize(
+    "name", ["grey.png", "palette.png", "rgba.png", "cmyk.jpg", "deep.png", "deeper.png", "two.tiff"]
+)
+def test_pictures_of_every_kind_are_copied_byte_for_byte(messy: tuple[Path, Report], name: str) -> None:
+    copy = messy[0] / "w" / "data" / "images" / f"cat_{name}"
+    assert copy.read_bytes() == (messy[0] / "images" / "cat" / name).read_bytes()
+
+
+def test_the_report_warns_of_what_may_surprise(messy: tuple[Path, Report]) -> None:
+    assert messy[1].warnings == [
+        "the project has uncommitted changes; the workspace holds its last commit",
+        "1 images have a format that browsers do not show, such as data/images/cat_two.tiff",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,8 +207,6 @@ def test_pictures_of_every_kind_are_taken_as_they_are(repository: Path, folders:
     ],
 )
 def test_masks_of_every_kind_are_read(tmp_path: Path, stored: Image.Image, painted: list[int]) -> None:
-    from flows.ingest import read_mask
-
     stored.save(tmp_path / "mask.png")
     source = Source("a", "a.png", tmp_path / "a.png", "cat", "val", "", tmp_path / "mask.png")
     assert read_mask(Picture(source, "", 2, 1, False)).tolist() == [painted]
@@ -314,14 +328,6 @@ def test_a_project_that_is_no_clone_is_refused(folders: Path) -> None:
     assert "is not a git repository" in refused(folders, folders)
 
 
-def test_uncommitted_changes_of_the_project_are_told(repository: Path, folders: Path, tmp_path: Path) -> None:
-    project = tmp_path / "changed"
-    Git.clone(repository, project)
-    (project / "new.py").write_text("")
-    report = init_workspace(project, folders / "w", folders / "images")
-    assert report.warnings == ["the project has uncommitted changes; the workspace holds its last commit"]
-
-
 # --- splits and settings
 
 
@@ -343,7 +349,8 @@ def test_splits_are_the_same_for_a_seed_in_any_order() -> None:
 def test_splits_never_cut_a_group_and_keep_the_shares() -> None:
     rng = np.random.default_rng(0)
     some = pictures([("abc"[int(rng.integers(3))], f"g{int(rng.integers(90))}") for _ in range(600)])
-    groups, counts = defaultdict(set), Counter()
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    counts: Counter[str] = Counter()
     for picture in assign_splits(some, 0):
         groups[picture.source.group].add(picture.source.split)
         counts[picture.source.split] += 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -29,14 +30,22 @@ def git(tmp_path: Path) -> Git:
     return git
 
 
-@pytest.fixture
-def dvc(git: Git) -> Dvc:
-    """A DVC repository whose source.txt is committed."""
-    dvc = Dvc(git.root, patience=30)
+@pytest.fixture(scope="module")
+def dvc_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DVC repository whose source.txt is committed, made once: each command of DVC takes a second or more."""
+    root = tmp_path_factory.mktemp("template")
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(root)], check=True)
+    dvc = Dvc(root)
     dvc.init()
-    (git.root / "source.txt").write_text("source")
-    git.commit([".dvc", ".dvcignore", *dvc.add(["source.txt"])], "Data")
-    return dvc
+    (root / "source.txt").write_text("source")
+    Git(root).commit([".dvc", ".dvcignore", *dvc.add(["source.txt"])], "Data")
+    return root
+
+
+@pytest.fixture
+def dvc(dvc_template: Path, tmp_path: Path) -> Dvc:
+    """A copy of the template."""
+    return Dvc(shutil.copytree(dvc_template, tmp_path / "dvc"), patience=30)
 
 
 def test_a_commit_takes_its_paths_and_nothing_else_that_is_staged(git: Git) -> None:
@@ -120,7 +129,7 @@ def test_a_stage_runs_and_its_lines_arrive_one_by_one(dvc: Dvc) -> None:
         """python -c "import time; print('one'); time.sleep(1.5); print('two'); open('made.txt', 'w').write('m')\""""
     )
     (dvc.root / "dvc.yaml").write_text(STAGE.format(command=repr(command).replace("\\'", "''")))
-    arrived = {}
+    arrived: dict[str, float] = {}
     dvc.repro(lambda line: arrived.setdefault(line, time.monotonic()))
     assert arrived["two"] - arrived["one"] > 1
     assert (dvc.root / "made.txt").read_text() == "m"

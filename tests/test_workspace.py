@@ -4,17 +4,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.workspace import Workspace, open_workspace, read_json, write_atomically, write_json
 
-HOLDER = "import sys, time; from flows.workspace import Workspace\nwith Workspace(sys.argv[1]).lock('round open'): print('held', flush=True); time.sleep(60)"
+HOLDER = """
+import sys, time
+from flows.workspace import Workspace
+with Workspace(sys.argv[1]).lock("round open"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
-def holder(tmp_path: Path):
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process

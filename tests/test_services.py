@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from flows import services
+from flows.services import Finding, Services, addresses, doctor, down, log_in, status, up
+from flows.versions import Dvc, Git
+from flows.workspace import Workspace, read_json, write_json
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def make_workspace(root: Path, **labeling: str) -> Workspace:
+    """A workspace without pictures; its services take any free port."""
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(root)], check=True)
+    shutil.copy(PROJECT / ".gitignore", root)
+    workspace = Workspace(root)
+    lines = (PROJECT / "params.yaml").read_text().splitlines()
+    for number, line in enumerate(lines):
+        key = line.strip().partition(":")[0]
+        if key.endswith("_port"):
+            lines[number] = f"  {key}: 0"
+        if key in labeling:
+            lines[number] = f"  {key}: {labeling[key]}"
+    workspace.params.write_text("\n".join(lines))
+    workspace.data.mkdir()
+    workspace.manifest.write_text("id,image,label,split,group\n")
+    workspace.state.mkdir()
+    return workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Iterator[Workspace]:
+    workspace = make_workspace(tmp_path)
+    yield workspace
+    down(workspace)
+
+
+def set_port(workspace: Workspace, name: str, port: int) -> None:
+    text = workspace.params.read_text()
+    workspace.params.write_text(text.replace(f"{name}_port: 0", f"{name}_port: {port}"))
+
+
+def group_of(leader: int) -> list[int]:
+    """The running processes of a group."""
+    members = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except ProcessLookupError:
+            pass
+    return members
+
+
+def listening(port: int) -> set[str]:
+    return {
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.laddr and connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+
+
+@pytest.fixture
+def no_label_studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    """A workspace with a Label Studio elsewhere, where nothing answers."""
+    monkeypatch.setenv(services.TOKEN_VARIABLE, "token")
+    workspace = make_workspace(tmp_path, url="http://127.0.0.1:9")
+    yield workspace
+    down(workspace)
+
+
+def test_the_services_start_answer_and_end_together(no_label_studio: Workspace) -> None:
+    workspace, told = no_label_studio, []
+    states = up(workspace, lambda title, what: told.append((title, what)))
+    assert [state.state for state in states] == ["external", "up", "up", "up"]
+    assert ("MLflow", "starting") in told
+
+    known = addresses(workspace)
+    assert (known.label_studio, known.label_studio_token) == ("http://127.0.0.1:9", "token")
+    assert httpx.get(f"{known.prefect}/health", trust_env=False).json() is True
+    experiment = httpx.post(f"{known.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "x"}, trust_env=False)
+    assert experiment.is_success
+    assert httpx.get(f"{known.live}/health", trust_env=False).json()["status"] == "UP"
+    assert (workspace.mlflow / "mlflow.db").exists() and (workspace.prefect / "prefect.db").exists()
+    records = read_json(workspace.services)
+    assert all(listening(record["port"]) == {"127.0.0.1"} for record in records.values())
+
+    assert [state.pid for state in up(workspace)] == [state.pid for state in states], "up twice starts nothing twice"
+
+    # The leader of a group is lost, its worker lives on: down ends that as well.
+    mlflow = records["mlflow"]["pid"]
+    os.kill(mlflow, 9)
+    assert len(group_of(mlflow)) >= 1
+    down(workspace)
+    assert [group_of(record["pid"]) for record in records.values()] == [[], [], []]
+    assert [state.state for state in status(workspace)][1:] == ["down"] * 3
+    kept = {name: record["url"] for name, record in read_json(workspace.services).items()}
+    assert kept == {name: record["url"] for name, record in records.items()}
+    with pytest.raises(ConnectionError, match="Prefect is down; start it with `abnloop up`"):
+        addresses(workspace)
+    down(workspace)
+
+
+@pytest.mark.studio
+def test_the_embedded_label_studio_starts_with_the_others(workspace: Workspace) -> None:
+    from labeling.client import LabelStudio
+
+    states = up(workspace)
+    assert [state.state for state in states] == ["up"] * 4
+    known = addresses(workspace)
+    assert LabelStudio(known.label_studio, known.label_studio_token).check()
+    assert listening(read_json(workspace.services)["label_studio"]["port"]) == {"127.0.0.1"}
+    email, password = log_in(workspace)
+    assert "@" in email and len(password) >= 12
+    assert workspace.secrets.stat().st_mode & 0o777 == 0o600
+    Git(workspace.root).commit(["params.yaml", ".gitignore", "data/manifest.csv"], "All")
+    Dvc(workspace.root).init()
+    Git(workspace.root).commit([".dvc", ".dvcignore"], "DVC")
+    assert [
+        finding.level for finding in doctor(workspace) if "remote" not in finding.what and "who" not in finding.what
+    ] == []
+    secret = read_json(workspace.secrets)
+    write_json(workspace.secrets, {**secret, "token": "0" * 40}, mode=0o600)
+    assert any(finding.level == "broken" and "token" in finding.remedy for finding in doctor(workspace))
+
+
+def test_a_taken_port_is_named_with_the_remedy_and_nothing_starts(no_label_studio: Workspace) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        set_port(no_label_studio, "mlflow", port)
+        with pytest.raises(ValueError, match=f"port {port} of MLflow is taken.*services.mlflow_port"):
+            up(no_label_studio)
+        assert read_json(no_label_studio.services) == {}
+        found = [finding for finding in doctor(no_label_studio) if "is taken" in finding.what]
+        assert [finding.level for finding in found] == ["broken"]
+
+
+def test_a_service_that_dies_says_why_and_takes_the_others_down(
+    no_label_studio: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = services._commands
+
+    def broken(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str], dict[str, str], str]:
+        argv, env, url = commands(workspace, name, port)
+        if name == "live":
+            argv = [sys.executable, "-c", "print('out of luck'); raise SystemExit(3)"]
+        return argv, env, url
+
+    monkeypatch.setattr(services, "_commands", broken)
+    with pytest.raises(ValueError, match=r"abnloop ended while it started: out of luck \(the whole log: .*live\.log\)"):
+        up(no_label_studio)
+    records = read_json(no_label_studio.services)
+    assert len(records) == 3 and all(group_of(record["pid"]) == [] for record in records.values())
+
+
+def test_a_number_that_was_given_again_is_never_killed(no_label_studio: Workspace) -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        record = {"port": 1, "url": "http://127.0.0.1:1", "pid": other.pid, "started": time.time() - 1000}
+        write_json(no_label_studio.services, {"prefect": record})
+        assert status(no_label_studio)[1].state == "down"
+        down(no_label_studio)
+        assert other.poll() is None
+        other.kill()
+
+
+def test_free_ports_differ_and_stay(no_label_studio: Workspace) -> None:
+    section, names = Services(0, 0, 0, 0), list(services.TITLES)
+    ports = services._free_ports(section, {}, names)
+    assert len(set(ports.values())) == 4
+    records = {name: {"port": port} for name, port in ports.items()}
+    assert services._free_ports(section, records, names) == ports
+
+
+def test_ports_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"services\.mlflow_port is 70000"):
+        Services(0, 0, 70000, 0)
+    with pytest.raises(ValueError, match=r"services\.prefect_port and services\.live_port are both 4200"):
+        Services(8080, 4200, 5000, 4200)
+
+
+def test_an_external_label_studio_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(services.TOKEN_VARIABLE, raising=False)
+    workspace = make_workspace(tmp_path, url="https://labels.example.com/")
+    with pytest.raises(PermissionError, match=r"https://labels\.example\.com; set LABEL_STUDIO_API_KEY"):
+        services.label_studio_access(workspace)
+
+
+def test_doctor_names_what_is_wrong_and_each_remedy(no_label_studio: Workspace) -> None:
+    workspace = no_label_studio
+    Dvc(workspace.root).init()
+    workspace.gold.write_bytes(b"masks")
+    names = Dvc(workspace.root).add(["data/gold.npz"])
+    Git(workspace.root).commit([".dvc", ".dvcignore", *names, "params.yaml", ".gitignore"], "All but the manifest")
+    shutil.rmtree(workspace.root / ".dvc" / "cache")
+    findings = doctor(workspace)
+    by_what = {finding.what: finding for finding in findings}
+    assert by_what["the DVC cache lacks data/gold.npz"].remedy == "`dvc pull` fetches it"
+    assert by_what["the git tree is dirty (data/manifest.csv)"].level == "broken"
+    assert by_what["DVC has no remote: the data are on this machine alone"].level == "advice"
+    assert by_what["Prefect is down"] == Finding("advice", "Prefect is down", "`abnloop up` starts it")
+    assert any("127.0.0.1:9" in finding.what and finding.level == "broken" for finding in findings)
+    assert [finding.level for finding in findings] == sorted((f.level for f in findings), reverse=True)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run("status", "--workspace", str(tmp_path))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"abnloop: {tmp_path} is not a workspace") and done.stderr.count("\n") == 1
+    assert "Traceback" in run("status", "--workspace", str(tmp_path), ABNLOOP_TRACEBACK="1").stderr
+
+
+def test_a_setting_without_a_value_is_one_line(tmp_path: Path) -> None:
+    done = run("init", str(tmp_path / "w"), "--images", str(tmp_path), "--set", "train.epochs")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "abnloop: --set train.epochs must be SECTION.KEY=VALUE, such as train.epochs=20\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["init", "up", "down", "status", "doctor"])
+def test_help_teaches_with_an_example(command: str) -> None:
+    done = run(command, "--help", COLUMNS="200")
+    assert done.returncode == 0 and f"Example: abnloop {command}" in done.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = ["dvc", "httpx", "mlflow", "numpy", "prefect", "torch"]
+    code = f"import sys, flows.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

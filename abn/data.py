@@ -151,9 +151,17 @@ def mask_sha256(mask: UInt8[np.ndarray, "H W"]) -> str:
 
 def read_image(path: str | Path, size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
     """A picture as RGB, 0..255, resized to (height, width)."""
-    with Image.open(path) as image:
-        rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    with Image.open(path) as file:
+        image: Image.Image = file
+        if image.mode.startswith("I"):  # 16 bits: conversion to RGB would clip them
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        return resize_image(np.array(image.convert("RGB")), size)
+
+
+def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
+    """A decoded picture resized to (height, width)."""
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def resize_mask(mask: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[Tensor, "1 h w"]:

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from flows.workspace import Workspace
 
 app = typer.Typer(
     name="abnloop",
@@ -23,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 console = Console()
+
+rounds = typer.Typer(help="Open a round, collect its answers, see how the rounds went.", no_args_is_help=True)
+app.add_typer(rounds, name="round")
 
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace.", show_default="here")]
 
@@ -150,6 +156,118 @@ def doctor(workspace: WorkspaceOption = Path()) -> None:
         raise typer.Exit(1)
 
 
+@rounds.command("open")
+def round_open(workspace: WorkspaceOption = Path()) -> None:
+    """Train, judge, choose whom to ask, and put the batch before the labelers.
+
+    Example: `abnloop round open --workspace leaves`
+    """
+    place = _connected(workspace)
+    from flows.rounds import open_round
+
+    with _listening():
+        opened = open_round(str(place.root))
+    if not opened.new:
+        console.print(f"round {opened.round} is open already; `abnloop round collect` takes its answers in")
+        return
+    console.print(f"{'promoted' if opened.promoted else 'refused'}: {escape(opened.why)}")
+    console.print(f"round {opened.round}: {opened.tasks} tasks wait in Label Studio")
+
+
+@rounds.command("collect")
+def round_collect(workspace: WorkspaceOption = Path()) -> None:
+    """Take in what labelers answered; close the round when its batch is complete or its deadline has passed.
+
+    Example: `abnloop round collect --workspace leaves`
+    """
+    place = _connected(workspace)
+    from flows.rounds import collect_round
+
+    with _listening():
+        got = collect_round(str(place.root))
+    if not got.tasks:
+        console.print("no round is open, there is nothing to collect; open one with `abnloop round open`")
+    elif not got.closed:
+        console.print(f"round {got.round}: {got.answered} of {got.tasks} tasks are answered; it stays open")
+    else:
+        console.print(
+            f"round {got.round} is closed with {got.corrections} corrections, {got.set_aside} set aside: {got.commit}"
+        )
+
+
+@rounds.command("status")
+def round_status(workspace: WorkspaceOption = Path()) -> None:
+    """Show every round: what its model learned from, how good it is, whether it was promoted.
+
+    Example: `abnloop round status --workspace leaves`
+    """
+    from flows.summary import summarise, summary_table
+    from flows.workspace import open_workspace
+
+    place = open_workspace(workspace)
+    console.print(summary_table(summarise(place), f"rounds of {place.root.name}"))
+
+
+@app.command()
+def simulate(
+    workspace: WorkspaceOption = Path(),
+    seed: Annotated[int, typer.Option(help="Of their faults.")] = 0,
+) -> None:
+    """Let simulated labelers answer what is open, from the masks that `init` set aside for them.
+
+    Example: `abnloop simulate --workspace leaves`
+    """
+    place = _connected(workspace)
+    from flows.rounds import simulate_labelers
+
+    with _listening():
+        verdicts = simulate_labelers(place, seed=seed)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing was open")
+
+
+@app.command()
+def serve(workspace: WorkspaceOption = Path()) -> None:
+    """Run the loop on its schedule: retraining on a cron, collecting every few minutes (params.yaml, flows).
+
+    Example: `abnloop serve --workspace leaves`
+    """
+    place = _connected(workspace)
+    from flows.serve import serve as run
+
+    run(place)
+
+
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(help="How often to train and ask.")] = 3,
+    budget: Annotated[int, typer.Option(help="Pictures that labelers are asked about, a round.")] = 30,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the services up, to look around.")] = False,
+    workspace: Annotated[Path, typer.Option("--workspace", "-w", help="Made anew each time.")] = Path("demo"),
+) -> None:
+    """Show the whole loop on handwritten digits, with simulated labelers, in a few minutes.
+
+    Example: `abnloop demo --keep`
+    """
+    from flows.demo import run_demo
+    from flows.summary import summary_table
+
+    with _listening():
+        summary = run_demo(_repository(), workspace, rounds, budget, keep)
+    console.print(summary_table(summary, "handwritten digits with a shortcut"))
+    console.print(
+        f"pictures: {escape(str(workspace / 'report.html'))}, numbers: {escape(str(workspace / 'summary.json'))}"
+    )
+    if keep:
+        from flows import services
+        from flows.workspace import open_workspace
+
+        place = open_workspace(workspace)
+        _print_states(services.status(place))
+        email, password = services.log_in(place)
+        console.print(f"log in to Label Studio as [bold]{email}[/] with password [bold]{escape(password)}[/]")
+        console.print(f"end the services with `abnloop down --workspace {escape(str(workspace))}`")
+
+
 def main() -> None:
     """The `abnloop` command: what a user can mend is one line and exit code 2."""
     try:
@@ -159,6 +277,25 @@ def main() -> None:
             raise
         print(f"abnloop: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _connected(directory: Path) -> Workspace:
+    """The workspace, with this process's Prefect and MLflow pointed at its servers."""
+    from flows import services
+    from flows.workspace import open_workspace
+
+    place = open_workspace(directory)
+    services.connect(place)
+    return place
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """Bars for whatever reports progress."""
+    from flows.progress import listening
+
+    with _progress() as on_progress, listening(on_progress):
+        yield
 
 
 def _repository() -> Path:

@@ -13,10 +13,42 @@ from labeling.live import Predictor, create_app
 
 
 def load_predictor(workspace: Workspace) -> Predictor:
-    """What answers for the workspace; without a champion, nothing is known of any sample."""
+    """What the champion answers with a mask in place of its own map; a promotion is noticed by the model's file.
+
+    A sample that is not known, or no champion yet, is a ValueError that the labeler gets to see.
+    """
+    loaded: dict[int, Predictor] = {}
 
     def answer(sample: str, mask: np.ndarray | None) -> list[tuple[str, float]]:
-        return []
+        if not workspace.champion.is_file():
+            raise ValueError("no model has been promoted yet")
+        changed = workspace.champion.stat().st_mtime_ns
+        if changed not in loaded:
+            predictor = _predictor(workspace)
+            loaded.clear()
+            loaded[changed] = predictor
+        return loaded[changed](sample, mask)
+
+    return answer
+
+
+def _predictor(workspace: Workspace) -> Predictor:
+    import torch
+
+    from abn.data import read_image, read_manifest, resize_mask
+    from abn.model import load_model
+
+    model = load_model(workspace.champion)
+    images = {sample.id: workspace.root / sample.image for sample in read_manifest(workspace.root)}
+
+    @torch.inference_mode()
+    def answer(sample: str, mask: np.ndarray | None) -> list[tuple[str, float]]:
+        if sample not in images:
+            raise ValueError(f"sample {sample} is not in the manifest")
+        image = read_image(images[sample], model.size)[None].float() / 255
+        given = None if mask is None else resize_mask(mask, model.size)[None].float() / 255
+        shares = model.network(image, given).logits.softmax(dim=1)[0].tolist()
+        return sorted(zip(model.classes, shares, strict=True), key=lambda pair: -pair[1])
 
     return answer
 

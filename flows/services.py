@@ -181,6 +181,21 @@ def addresses(workspace: Workspace) -> Addresses:
     return Addresses(url, token, records["prefect"]["url"] + "/api", records["mlflow"]["url"], records["live"]["url"])
 
 
+def connect(workspace: Workspace) -> None:
+    """Point this process's Prefect and MLflow at the workspace's servers, before either is imported.
+
+    Prefect's log lines go to its server; the terminal belongs to whoever calls.
+    """
+    known = addresses(workspace)
+    os.environ.update(
+        PREFECT_API_URL=known.prefect,
+        PREFECT_HOME=str(workspace.prefect),
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL",
+        MLFLOW_TRACKING_URI=known.mlflow,
+    )
+
+
 def label_studio_access(workspace: Workspace) -> tuple[str, str]:
     """Label Studio's address and a token for it. Raises PermissionError where no token is known for an external one."""
     external = _external_url(workspace)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tenacity
+import yaml
 
 from flows.processes import stop_group
 
@@ -40,7 +41,7 @@ class Git:
 
     def head(self) -> str:
         """The commit that is checked out, 40 hexadecimal digits."""
-        return self._run("rev-parse", "--verify", "HEAD").strip()
+        return self.commit_of("HEAD")
 
     def changed_paths(self) -> list[str]:
         """Paths, relative to the root, that differ from HEAD or are new and not ignored; sorted.
@@ -83,6 +84,10 @@ class Git:
     def tags(self, pattern: str = "*") -> list[str]:
         """Names of the tags that match the glob `pattern`, sorted."""
         return self._run("tag", "--list", pattern).split()
+
+    def commit_of(self, name: str) -> str:
+        """The commit that a tag or branch names, 40 hexadecimal digits."""
+        return self._run("rev-parse", "--verify", f"{name}^{{commit}}").strip()
 
     def checkout(self, commit: str) -> None:
         """Make the tree that of `commit`, a branch or a tag; changes that would be lost make it a ValueError."""
@@ -152,6 +157,13 @@ class Dvc:
     def remote(self) -> str:
         """The name of the default remote, or an empty text."""
         return self._run("config", "core.remote").split("\n")[-1].strip()
+
+    def hashes(self) -> dict[str, str]:
+        """What dvc.lock says of every input and output of the stages: path -> MD5 of its content."""
+        path = self.root / "dvc.lock"
+        stages = yaml.safe_load(path.read_text())["stages"] if path.is_file() else {}
+        entries = [entry for stage in stages.values() for entry in [*stage.get("deps", []), *stage.get("outs", [])]]
+        return {entry["path"]: entry["md5"] for entry in entries}
 
     def missing(self) -> list[str]:
         """Paths that git's HEAD names and the cache does not hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import socket
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ class Round:
     @property
     def tasks(self) -> Path:
         return self.folder / "tasks.json"
+
+    @property
+    def heatmaps(self) -> Path:
+        """Attention over the picture, as labelers see it; git and DVC do not keep what can be drawn again."""
+        return self.folder / "heatmaps"
 
     @property
     def annotations(self) -> Path:
@@ -122,6 +128,11 @@ class Workspace:
         return self.models / "champion.pt"
 
     @property
+    def champion_record(self) -> Path:
+        """Which round and version the champion is of, and the metrics that a challenger has to meet."""
+        return self.models / "champion.json"
+
+    @property
     def results(self) -> Path:
         return self.root / "results"
 
@@ -148,6 +159,11 @@ class Workspace:
     @property
     def batch(self) -> Path:
         return self.results / "batch.csv"
+
+    @property
+    def control_metrics(self) -> Path:
+        """Of the same training without anything that people said."""
+        return self.results / "control" / "metrics.json"
 
     @property
     def state(self) -> Path:
@@ -273,6 +289,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
     """`content` as a JSON file at `path`, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Rows as a CSV file at `path`, whole or not at all."""
+    content = io.StringIO()
+    writer = csv.DictWriter(content, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, content.getvalue())
 
 
 def write_arrays(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:

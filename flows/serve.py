@@ -1,0 +1,52 @@
+"""The flows on a schedule: `abnloop serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import prefect
+from prefect.client.orchestration import get_client
+
+from abn.config import load_section
+from flows.rounds import GPU, collect_round, open_round
+from flows.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class FlowsConfig:
+    retrain_cron: str
+    collect_minutes: float
+    work_pool: str
+    gpu_concurrency: int
+
+    def __post_init__(self) -> None:
+        if self.collect_minutes <= 0:
+            raise ValueError(f"flows.collect_minutes is {self.collect_minutes}; it must be above 0")
+        if self.gpu_concurrency < 1:
+            raise ValueError(f"flows.gpu_concurrency is {self.gpu_concurrency}; it must be at least 1")
+
+
+def serve(place: Workspace) -> None:
+    """Make the deployments `retrain` and `collect` and, without a work pool, run them here until interrupted.
+
+    With `flows.work_pool` the pool's workers run them; it must exist (`prefect work-pool create`).
+    """
+    config = load_section(FlowsConfig, place.params, "flows")
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(GPU, config.gpu_concurrency)
+    retrain: dict[str, Any] = {"name": "retrain", "cron": config.retrain_cron}
+    collect: dict[str, Any] = {"name": "collect", "interval": timedelta(minutes=config.collect_minutes)}
+    shared = {"parameters": {"workspace": str(place.root)}, "tags": ["abnloop"]}
+    if config.work_pool == "none":
+        prefect.serve(
+            open_round.to_deployment(**retrain, **shared),  # type: ignore[arg-type]
+            collect_round.to_deployment(**collect, **shared),  # type: ignore[arg-type]
+        )
+        return
+    source = str(Path(__file__).resolve().parent.parent)
+    for name, settings in (("open_round", retrain), ("collect_round", collect)):
+        flow = prefect.flow.from_source(source=source, entrypoint=f"flows/rounds.py:{name}")
+        flow.deploy(**settings, **shared, work_pool_name=config.work_pool, print_next_steps=False)

@@ -1,0 +1,79 @@
+"""The rounds of a workspace at a glance, from their files alone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+
+from flows.versions import Git
+from flows.workspace import Workspace
+
+
+def summarise(place: Workspace) -> list[dict[str, Any]]:
+    """One mapping a round that has been judged. Accuracies are those of the test set; `control_accuracy` is of the
+    same training without anything that people said, `corrections` counts what the round's model learned from."""
+    tags = set(Git(place.root).tags("round/*"))
+    rounds = []
+    for round_ in place.rounds():
+        state = round_.read()
+        if "promoted" not in state:
+            continue
+        metrics, control = state["metrics"], state["control"]
+        end = state.get("closed") or state.get("opened")
+        rounds.append(
+            {
+                "round": round_.number,
+                "state": state["state"],
+                "corrections": state["corrections"],
+                "test_accuracy": metrics["accuracy"],
+                "control_accuracy": control["accuracy"],
+                "test_balanced_accuracy": metrics["balanced_accuracy"],
+                "control_balanced_accuracy": control["balanced_accuracy"],
+                "attention_inside_mask": metrics.get("attention_inside_mask"),
+                "context_reliance": metrics.get("context_reliance"),
+                "promoted": state["promoted"],
+                "gate": state["gate"],
+                "model_version": state["model_version"],
+                "mlflow_run_id": state["mlflow_runs"]["round"],
+                "git_commit": Git(place.root).commit_of(round_.tag) if round_.tag in tags else "",
+                "collected": state.get("collected", 0),
+                "set_aside": len(state.get("set_aside", [])),
+                "minutes": state.get("minutes", 0.0),
+                "seconds": _seconds(state["begun"], end) if end else None,
+            }
+        )
+    return rounds
+
+
+def summary_table(rounds: list[dict[str, Any]], title: str) -> Table:
+    """The rounds as people read them."""
+    table = Table(title=title)
+    for name in ("round", "state", "learned from", "test accuracy", "control", "balanced", "control"):
+        table.add_column(name, justify="right")
+    for name in ("attention inside mask", "context reliance", "promoted", "asked back"):
+        table.add_column(name, justify="right")
+    for one in rounds:
+        table.add_row(
+            str(one["round"]),
+            one["state"],
+            f"{one['corrections']} corrections",
+            _share(one["test_accuracy"]),
+            _share(one["control_accuracy"]),
+            _share(one["test_balanced_accuracy"]),
+            _share(one["control_balanced_accuracy"]),
+            _share(one["attention_inside_mask"]),
+            _share(one["context_reliance"]),
+            f"v{one['model_version']}" if one["promoted"] else "refused",
+            f"{one['collected']} in {one['minutes']:.0f} min",
+        )
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _seconds(begin: str, end: str) -> float:
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()

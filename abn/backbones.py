@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,14 @@ def make_parts(name: str, weights: str = "none") -> Parts:
         return TORCHVISION_FAMILIES[name](name, weights)
     known = ", ".join(["cifar_resnet<depth>", *TORCHVISION_FAMILIES])
     raise ValueError(f"model.backbone is {name!r}; known: {known}")
+
+
+def load_tensors(path: str | Path) -> Any:
+    """What torch.save wrote to `path`: tensors and plain values. Raises ValueError for any other file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on a strange file the unpickler raises nearly anything
+        raise ValueError(f"{path} is not a file of tensors as torch.save writes them") from error
 
 
 def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -140,7 +148,7 @@ def _torchvision_resnet(name: str, weights: str) -> Parts:
         network = torchvision.models.get_model(name, weights=chosen)
     if Path(weights).is_file():
         try:
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            network.load_state_dict(load_tensors(weights))
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"model.weights {weights} does not fit {name}: {str(error).splitlines()[0]}") from error
     extractor = nn.Sequential(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     images: UInt8[Tensor, "b 3 h w"]
     labels: Int[Tensor, "b"]  # -1: not known
     masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what a person marked as evidence; meaningless without has_mask
-    has_mask: Int[Tensor, "b"]
+    has_mask: Bool[Tensor, "b"]
     indices: Int[Tensor, "b"]  # into the samples
 
 
@@ -237,10 +237,11 @@ def epoch_batches(
     The number of steps is that of an epoch without corrections, so that training with and without them costs, and
     compares, the same. The drawn ones come first in a batch. No correction is drawn twice into a batch.
     """
-    drawn = min(round(share * batch_size), len(corrected))
+    size = min(batch_size, count)
+    drawn = min(round(share * size), len(corrected))
     order = torch.randperm(count, generator=generator).tolist()
     steps = max(1, round(count / batch_size))
-    rest = min(batch_size, count) - drawn
+    rest = size - drawn
     for step in range(steps):
         extra = [corrected[i] for i in torch.randperm(len(corrected), generator=generator)[:drawn].tolist()]
         yield extra + order[step * rest : (step + 1) * rest]

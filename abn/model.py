@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from abn.backbones import convolution, make_parts
+from abn.backbones import convolution, load_tensors, make_parts
 from abn.config import make_section
 from abn.files import replacing
 
@@ -115,8 +115,9 @@ def save_model(path: str | Path, network: ABN, config: ModelConfig, classes: lis
         "size": list(size),
         "state": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
     }
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    # To an open file: torch writes the name of a path into the archive, and the same model must give the same bytes.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
@@ -124,8 +125,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedMo
     path = Path(path)
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"{path} holds no model; run `dvc repro train`, or `dvc checkout` to restore one")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict) or "state" not in saved:
+    saved = load_tensors(path)
+    if not isinstance(saved, dict) or not {"model", "classes", "size", "state"} <= saved.keys():
         raise ValueError(f"{path} is not a model saved by abn.train")
     network = ABN(make_section(ModelConfig, saved["model"], "model"), len(saved["classes"]))
     network.load_state_dict(saved["state"])

@@ -259,7 +259,10 @@ def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN
         if loaded.classes != classes:
             known = f"models/start.pt knows the classes {loaded.classes}"
             raise ValueError(f"{known}, not {classes}; set train.start: scratch")
-        network.load_state_dict(loaded.network.state_dict())
+        try:
+            network.load_state_dict(loaded.network.state_dict())
+        except RuntimeError as error:
+            raise ValueError("models/start.pt has another model.backbone; set train.start: scratch") from error
     return network
 
 

@@ -26,7 +26,7 @@ import ruamel.yaml
 from PIL import ExifTags, Image, ImageOps
 
 from flows.versions import Dvc, Git, is_repository
-from flows.workspace import CORRECTION_COLUMNS, MANIFEST_COLUMNS, Workspace, write_arrays, write_json
+from flows.workspace import CORRECTION_COLUMNS, MANIFEST_COLUMNS, Workspace, write_arrays, write_json, write_table
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 SPLITS = (*SHARES, "pool")
@@ -421,12 +421,11 @@ def _build(
         for done, (picture, file) in enumerate(zip(pictures, copied, strict=True), start=1):
             files[picture.source.id] = workspace.relative(file)
             progress("copying images", done, len(pictures))
-    _write_table(
-        workspace.manifest,
-        MANIFEST_COLUMNS,
-        [(one.id, files[one.id], one.label, one.split, one.group) for one in (picture.source for picture in pictures)],
-    )
-    _write_table(workspace.corrections, CORRECTION_COLUMNS, [])
+    rows = [
+        (one.id, files[one.id], one.label, one.split, one.group) for one in (picture.source for picture in pictures)
+    ]
+    write_table(workspace.manifest, MANIFEST_COLUMNS, (dict(zip(MANIFEST_COLUMNS, row, strict=True)) for row in rows))
+    write_table(workspace.corrections, CORRECTION_COLUMNS, [])
     judged = [picture for picture in pictures if picture.source.mask and picture.source.split in ("val", "test")]
     learned = [picture for picture in pictures if picture.source.mask and picture.source.split in ("train", "pool")]
     write_arrays(workspace.gold, _read_masks(judged, "reading the masks of the gold set", progress))
@@ -505,13 +504,6 @@ def _painted(image: Image.Image) -> np.ndarray:
         return values > middle
     colours = np.asarray(image.convert("RGBA"))
     return (colours[..., :3].max(axis=-1) > (0 if image.mode in ("P", "PA") else 127)) & (colours[..., 3] > 127)
-
-
-def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def change_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -130,7 +130,7 @@ def test_a_stage_runs_and_its_lines_arrive_one_by_one(dvc: Dvc) -> None:
     )
     (dvc.root / "dvc.yaml").write_text(STAGE.format(command=repr(command).replace("\\'", "''")))
     arrived: dict[str, float] = {}
-    dvc.repro(lambda line: arrived.setdefault(line, time.monotonic()))
+    dvc.repro(lambda line: arrived.update({line: time.monotonic()}))
     assert arrived["two"] - arrived["one"] > 1
     assert (dvc.root / "made.txt").read_text() == "m"
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from abn.attention import context_reliance, energy_inside, iou
-from abn.data import Sample, class_names
 from abn.files import replacing
+from abn.manifest import Sample, class_names
 from abn.predictions import Predictions, read_predictions
-from abn.stage import parse_stage
+from abn.stage import ROUND, Stage
 
 
 def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np.ndarray, "m"]) -> dict[str, float]:
@@ -62,8 +62,8 @@ def align(
     return labels, np.array([row.split for row in rows])
 
 
-def main() -> None:
-    stage = parse_stage("Measure the predictions.")
+def run(stage: Stage) -> None:
+    """Evaluate in the workspace that is the current folder."""
     samples, predictions = stage.samples(), read_predictions(stage.results / "predictions")
     classes = class_names(samples)
     labels, splits = align(samples, predictions, classes)
@@ -81,6 +81,10 @@ def main() -> None:
     history = [json.loads(line) for line in (stage.results / "train.jsonl").read_text().splitlines()]
     columns = ("epoch", "loss", "accuracy")
     _write_csv(stage.results / "plots/training.csv", columns, [[line[name] for name in columns] for line in history])
+
+
+def main() -> None:
+    run(ROUND)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 from abn.attention import equivariance_loss
 from abn.config import load_section
 from abn.context import binarised, other_pictures, replace_context
-from abn.data import Pictures, Sample, in_order, loader, resize_mask
+from abn.data import Pictures, in_order, loader, resize_mask
+from abn.manifest import Sample
 from abn.model import LoadedModel, load_model, resize_map
 from abn.predictions import Predictions, write_shard
-from abn.stage import parse_stage
+from abn.stage import ROUND, Stage
 from abn.train import TrainConfig, choose_device
 
 SHARD = 4096  # samples a file
@@ -111,12 +112,16 @@ def predict_into(
         write_shard(folder / f"{number:04d}.npz", predict(model, pictures, config, say))
 
 
-def main() -> None:
-    stage = parse_stage("Answer every sample.")
+def run(stage: Stage) -> None:
+    """Predict in the workspace that is the current folder."""
     device = choose_device(load_section(TrainConfig, "params.yaml", "train").device)
     model = load_model(stage.results / "model.pt", device)
     config = load_section(PredictConfig, "params.yaml", "predict")
     predict_into(stage.results / "predictions", model, Path(), stage.samples(), config)
+
+
+def main() -> None:
+    run(ROUND)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 
 from abn.attention import disagreement
 from abn.config import load_section
-from abn.data import class_names, read_corrections, read_manifest
 from abn.evaluate import align
 from abn.files import replacing
+from abn.manifest import class_names, read_corrections
 from abn.predictions import Predictions, read_predictions
+from abn.stage import ROUND
 
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
 
@@ -113,7 +114,7 @@ def _take_turns(score: Float[np.ndarray, "n"], group: Int[np.ndarray, "n"]) -> l
 
 def main() -> None:
     config = load_section(SelectionConfig, "params.yaml", "selection")
-    samples, predictions = read_manifest(Path()), read_predictions("results/predictions")
+    samples, predictions = ROUND.samples(), read_predictions(ROUND.results / "predictions")
     classes = class_names(samples)
     labels, splits = align(samples, predictions, classes)
     answered = set(read_corrections(Path()))
@@ -123,7 +124,7 @@ def main() -> None:
         if splits[row] in ("train", "pool") and name not in answered
     ]
     picks = select(predictions, labels, candidates, classes, config)
-    with replacing("results/batch.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(ROUND.results / "batch.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Pick._fields)
         writer.writerows((pick.sample, f"{pick.score:.6f}", pick.reason, pick.minutes) for pick in picks)

@@ -25,17 +25,15 @@ from abn.data import (
     Batch,
     DataConfig,
     Pictures,
-    Sample,
     augment,
-    class_names,
     epoch_batches,
     loader,
-    training_samples,
 )
 from abn.files import replacing
 from abn.losses import MAP_LOSSES
+from abn.manifest import Sample, class_names, training_samples
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
-from abn.stage import parse_stage
+from abn.stage import ROUND, Stage
 
 
 @dataclass(frozen=True)
@@ -275,8 +273,9 @@ def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings) -> s
     return digest.hexdigest()
 
 
-def main() -> None:
-    stage, settings = parse_stage("Train the network."), Settings.load("params.yaml")
+def run(stage: Stage) -> None:
+    """Train in the workspace that is the current folder."""
+    settings = Settings.load("params.yaml")
 
     def say(line: dict[str, float]) -> None:
         print(
@@ -286,6 +285,10 @@ def main() -> None:
         )
 
     train(Path(), stage.samples(), settings, stage.results, say)
+
+
+def main() -> None:
+    run(ROUND)
 
 
 if __name__ == "__main__":

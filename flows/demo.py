@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from abn.data import MaskShards, read_manifest
+from abn.manifest import MaskShards, read_manifest
 from abn.predictions import read_predictions
 from flows import services
 from flows.digits import write_digits

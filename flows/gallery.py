@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from abn.data import MaskShards
+from abn.manifest import MaskShards
 from abn.predictions import Predictions
 from labeling.tasks import heatmap
 

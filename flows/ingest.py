@@ -25,8 +25,9 @@ import numpy as np
 import ruamel.yaml
 from PIL import ExifTags, Image, ImageOps
 
+from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS
 from flows.versions import Dvc, Git, is_repository
-from flows.workspace import CORRECTION_COLUMNS, MANIFEST_COLUMNS, Workspace, write_arrays, write_json, write_table
+from flows.workspace import Workspace, write_arrays, write_json, write_table
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 SPLITS = (*SHARES, "pool")

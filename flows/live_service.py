@@ -35,7 +35,8 @@ def load_predictor(workspace: Workspace) -> Predictor:
 def _predictor(workspace: Workspace) -> Predictor:
     import torch
 
-    from abn.data import read_image, read_manifest, resize_mask
+    from abn.data import read_image, resize_mask
+    from abn.manifest import read_manifest
     from abn.model import load_model
 
     model = load_model(workspace.champion)

@@ -26,7 +26,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 
 from abn.config import load_section, read_params
-from abn.data import CORRECTION_COLUMNS, Sample, class_names, mask_sha256, read_corrections, read_manifest
+from abn.manifest import CORRECTION_COLUMNS, Sample, class_names, mask_sha256, read_corrections, read_manifest
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
 from abn.train import Settings, TrainConfig

@@ -184,7 +184,7 @@ def addresses(workspace: Workspace) -> Addresses:
 def connect(workspace: Workspace) -> None:
     """Point this process's Prefect and MLflow at the workspace's servers, before either is imported.
 
-    Prefect's log lines go to its server; the terminal belongs to whoever calls.
+    Prefect's log lines go to its server, MLflow's are left out; the terminal belongs to whoever calls.
     """
     known = addresses(workspace)
     os.environ.update(
@@ -193,6 +193,9 @@ def connect(workspace: Workspace) -> None:
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
         PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL",
         MLFLOW_TRACKING_URI=known.mlflow,
+        MLFLOW_LOGGING_LEVEL="ERROR",
+        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
     )
 
 

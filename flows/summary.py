@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from flows.versions import Git
@@ -48,25 +49,21 @@ def summarise(place: Workspace) -> list[dict[str, Any]]:
 
 
 def summary_table(rounds: list[dict[str, Any]], title: str) -> Table:
-    """The rounds as people read them."""
-    table = Table(title=title)
-    for name in ("round", "state", "learned from", "test accuracy", "control", "balanced", "control"):
+    """The rounds as people read them, in 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("round", "correc-\ntions", "test accuracy\n(control)", "balanced\n(control)"):
         table.add_column(name, justify="right")
-    for name in ("attention inside mask", "context reliance", "promoted", "asked back"):
+    for name in ("attention\nin mask", "context\nreliance", "model"):
         table.add_column(name, justify="right")
     for one in rounds:
         table.add_row(
             str(one["round"]),
-            one["state"],
-            f"{one['corrections']} corrections",
-            _share(one["test_accuracy"]),
-            _share(one["control_accuracy"]),
-            _share(one["test_balanced_accuracy"]),
-            _share(one["control_balanced_accuracy"]),
+            str(one["corrections"]),
+            f"{one['test_accuracy']:.3f} ({one['control_accuracy']:.3f})",
+            f"{one['test_balanced_accuracy']:.3f} ({one['control_balanced_accuracy']:.3f})",
             _share(one["attention_inside_mask"]),
             _share(one["context_reliance"]),
-            f"v{one['model_version']}" if one["promoted"] else "refused",
-            f"{one['collected']} in {one['minutes']:.0f} min",
+            f"v{one['model_version']}" + ("" if one["promoted"] else " refused"),
         )
     return table
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 from PIL import Image
 
-from abn.data import Sample
+from abn.manifest import Sample
 
 STAGES = ("train", "evaluate", "select")
 CHAMPION = "champion"
@@ -39,7 +40,7 @@ class Tracker:
         # MLflow by itself asks a dead server for minutes; training must not wait for it that long.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self.client = MlflowClient(tracking_uri=uri)
-        self._followed = 0
+        self._logged: int | None = None  # lines of train.jsonl that MLflow has
 
     def experiment(self) -> str:
         """Id of the experiment, made where it is missing."""
@@ -73,15 +74,16 @@ class Tracker:
     def follow(self, run: str, path: Path) -> None:
         """Log the lines of train.jsonl that are new since the last call. A server that is down only delays them."""
         lines = path.read_text().splitlines() if path.is_file() else []
-        new = [json.loads(line) for line in lines[self._followed :]]
         now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, value, now, line["epoch"]) for line in new for name, value in line.items() if name != "epoch"
-        ]
         try:
-            for begin in range(0, len(metrics), 1000):
-                self.client.log_batch(run, metrics=metrics[begin : begin + 1000])
-            self._followed = len(lines)
+            if self._logged is None:  # an interrupted round goes on after the epochs it has logged
+                self._logged = len(self.client.get_metric_history(run, "loss"))
+            new = [json.loads(line) for line in lines[self._logged :]]
+            values = [(name, value, line["epoch"]) for line in new for name, value in line.items() if name != "epoch"]
+            for begin in range(0, len(values), 1000):
+                metrics = [Metric(name, value, now, epoch) for name, value, epoch in values[begin : begin + 1000]]
+                self.client.log_batch(run, metrics=metrics)
+            self._logged = len(lines)
         except MlflowException as error:
             log.warning("MLflow does not take the training curve now, it will be logged later: %s", error)
 
@@ -141,7 +143,9 @@ class Tracker:
         signature = ModelSignature(
             inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
         )
-        with mlflow.start_run(run_id=run):
+        with mlflow.start_run(run_id=run), warnings.catch_warnings():
+            # It asks for an input example, which would fix the batch size to the example's.
+            warnings.filterwarnings("ignore", message=".*input example was not provided")
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(script),

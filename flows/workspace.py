@@ -20,10 +20,6 @@ import numpy as np
 
 from abn.files import replacing
 
-MANIFEST_COLUMNS = ["id", "image", "label", "split", "group"]
-CORRECTION_COLUMNS = ["sample", "round", "annotation", "revision", "labeler", "verdict", "label", "minutes"]
-CORRECTION_COLUMNS += ["model_version", "masks", "sha256"]
-
 
 @dataclass(frozen=True)
 class Round:

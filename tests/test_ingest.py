@@ -13,9 +13,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from abn.manifest import CORRECTION_COLUMNS
 from flows.ingest import Picture, Report, Source, assign_splits, change_settings, init_workspace, read_mask
 from flows.versions import Git
-from flows.workspace import CORRECTION_COLUMNS, Workspace
+from flows.workspace import Workspace
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,121 @@
+"""The manifest and what people said about it: which samples there are, and what is known of each. No torch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+SPLITS = ("train", "val", "test", "pool")
+MANIFEST_COLUMNS = ("id", "image", "label", "split", "group")
+CORRECTION_COLUMNS = (
+    *("sample", "round", "annotation", "revision", "labeler", "verdict", "label"),
+    *("minutes", "model_version", "masks", "sha256"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture as training sees it: the manifest's row after the corrections."""
+
+    id: str
+    image: str  # relative to the workspace
+    label: str  # empty: not known
+    split: str
+    masks: str = ""  # the file of masks that holds this sample's; empty: nobody gave one
+    sha256: str = ""  # of that mask's bytes
+
+
+def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
+    """The samples of data/manifest.csv, in its order, each with its correction of data/corrections.csv.
+
+    A correction may bring a mask or another label; one that calls a picture unusable takes it out. Both files stay
+    as they are, so a withdrawn correction undoes itself. `corrected=False` leaves the corrections out.
+    Raises ValueError naming file and row.
+    """
+    root = Path(root)
+    rows = _read_csv(root / "data/manifest.csv", MANIFEST_COLUMNS)
+    corrections = read_corrections(root) if corrected else {}
+    samples = []
+    for line, row in enumerate(rows, start=2):
+        if row["split"] not in SPLITS:
+            raise ValueError(f"data/manifest.csv line {line}: split is {row['split']!r}; use {', '.join(SPLITS)}")
+        if not row["label"] and row["split"] != "pool":
+            raise ValueError(f"data/manifest.csv line {line}: {row['id']} has no label; only the pool may lack one")
+        sample = Sample(row["id"], row["image"], row["label"], row["split"])
+        correction = corrections.get(sample.id)
+        if correction and correction["verdict"] == "unusable":
+            continue
+        if correction:
+            label = correction["label"] or sample.label
+            sample = replace(sample, label=label, masks=correction["masks"], sha256=correction["sha256"])
+        samples.append(sample)
+    return samples
+
+
+def read_corrections(root: str | Path) -> dict[str, dict[str, str]]:
+    """The rows of data/corrections.csv by sample id: what people said so far, as far as it counts."""
+    rows = _read_csv(Path(root) / "data/corrections.csv", CORRECTION_COLUMNS)
+    return {row["sample"]: row for row in rows}
+
+
+def class_names(samples: Sequence[Sample]) -> list[str]:
+    """The classes, sorted, of all that is labeled. Raises ValueError for fewer than two, or one never trained on."""
+    classes = sorted({sample.label for sample in samples if sample.label})
+    if len(classes) < 2:
+        raise ValueError(f"data/manifest.csv has {len(classes)} class(es) {classes}; a classifier needs at least 2")
+    trained = {sample.label for sample in samples if sample.split in ("train", "pool")}
+    if missing := [name for name in classes if name not in trained]:
+        raise ValueError(f"class {missing[0]} has no images to train on; move some of its rows to split train")
+    return classes
+
+
+def training_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """What a network may learn from: split train, and whatever of the pool has a label by now."""
+    return [sample for sample in samples if sample.split == "train" or (sample.split == "pool" and sample.label)]
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; make a workspace with `abnloop init`")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
+            raise ValueError(f"{path} has no column {missing[0]}; it needs {','.join(columns)}")
+        return list(reader)
+
+
+class MaskShards:
+    """Masks by file and sample id. Each file is opened once; a mask must be the one that the index names."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._open: dict[str, np.lib.npyio.NpzFile] = {}
+
+    def get(self, file: str, sample: str, sha256: str = "") -> UInt8[np.ndarray, "H W"]:
+        if file not in self._open:
+            path = self.root / file
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; restore it with `dvc checkout` or `dvc pull`")
+            self._open[file] = np.load(path, allow_pickle=False)
+        if sample not in self._open[file]:
+            raise ValueError(f"{file} holds no mask of sample {sample}; restore it with `dvc checkout`")
+        mask = self._open[file][sample]
+        if sha256 and mask_sha256(mask) != sha256:
+            raise ValueError(f"the mask of sample {sample} in {file} is not the one that was collected; `dvc checkout`")
+        return mask
+
+    def holds(self, file: str, sample: str) -> bool:
+        path = self.root / file
+        if file not in self._open and path.is_file():
+            self._open[file] = np.load(path, allow_pickle=False)
+        return file in self._open and sample in self._open[file]
+
+
+def mask_sha256(mask: UInt8[np.ndarray, "H W"]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()

@@ -36,6 +36,11 @@ class Studio:
     pid: int
 
 
+def pytest_configure() -> None:
+    """Tiny networks run on one thread: threads that wait for each other on a busy machine slow them down tenfold."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     """A Label Studio of its own for the test session, ended with all its processes."""

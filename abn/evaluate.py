@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from abn.attention import context_reliance, energy_inside, iou
 from abn.files import replacing
@@ -49,7 +49,7 @@ def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np
 
 def align(
     samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
-) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+) -> tuple[Int[np.ndarray, "n"], Shaped[np.ndarray, "n"]]:
     """Label (index, -1 unknown) and split of each row of the predictions.
 
     Raises ValueError where the predictions are of another manifest.

@@ -64,8 +64,9 @@ def select(
     answers, truth = predictions.probabilities[rows].argmax(axis=1), labels[rows]
     confidence = predictions.probabilities[rows].max(axis=1)
     wrong = (answers != truth) & (truth >= 0)
-    apart = disagreement(predictions.probabilities[rows], predictions.attention_probabilities[rows])
-    doubt = (_rank(apart) + _rank(predictions.equivariance[rows])) / 2
+    apart = disagreement(predictions.probabilities[rows], predictions.attention_probabilities[rows]).astype(float)
+    apart_rank = _rank(apart)
+    doubt = (apart_rank + _rank(predictions.equivariance[rows])) / 2
     score = np.where(wrong, 0.5 + confidence / 2, doubt / 2)
 
     def pick(i: int, at_random: bool) -> Pick:
@@ -77,7 +78,7 @@ def select(
         elif truth[i] < 0:
             reason = f"no label yet: answers {answer} ({confidence[i]:.0%})"
         else:
-            reason = f"doubtful attention: {_doubt_in_words(apart[i], _rank(apart)[i], doubt[i])}"
+            reason = f"doubtful attention: {_doubt_in_words(apart[i], apart_rank[i], doubt[i])}"
         minutes = MINUTES_TO_PAINT if wrong[i] or score[i] > 0.25 else MINUTES_TO_CONFIRM
         return Pick(str(predictions.samples[rows[i]]), float(score[i]), reason, minutes)
 

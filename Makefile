@@ -28,7 +28,7 @@ demo: setup
 	.venv/bin/abnloop demo $(ARGS)
 
 test: setup
-	.venv/bin/pytest -q --durations=15 $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/pytest -q --durations=15 $(ARGS)
 
 check: setup
 	.venv/bin/ruff check .

@@ -210,6 +210,8 @@ def reproduce(place: Workspace, round_: Round) -> None:
     tracker = tracker_of(place)
     runs = tracker.begin_round(round_.number, tags, read_params(place.params))
     round_.write({**round_.read(), "mlflow_runs": runs})
+    # Until the first correction the control's training is the round's.
+    watched, curve = ("train", place.train_log) if read_corrections(place.root) else ("control", place.control_log)
     stage = ""
 
     def on_line(line: str) -> None:
@@ -219,12 +221,12 @@ def reproduce(place: Workspace, round_: Round) -> None:
             stage = started[1]
         if counted := re.match(r"(\w+) (\d+)/(\d+)", line):
             report(f"{stage}: {counted[1]}", int(counted[2]), int(counted[3]))
-            if stage == "train":
-                tracker.follow(runs["train"], place.train_log)
+            if stage == watched:
+                tracker.follow(runs["train"], curve)
 
     with concurrency(GPU, occupy=1, strict=False):
         Dvc(place.root).repro(on_line)
-    tracker.follow(runs["train"], place.train_log)
+    tracker.follow(runs["train"], curve)
 
 
 @network_step

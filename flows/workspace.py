@@ -141,6 +141,10 @@ class Workspace:
         return self.results / "train.jsonl"
 
     @property
+    def control_log(self) -> Path:
+        return self.results / "control" / "train.jsonl"
+
+    @property
     def predictions(self) -> Path:
         return self.results / "predictions"
 

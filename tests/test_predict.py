@@ -18,7 +18,7 @@ from abn.manifest import Sample, read_manifest
 from abn.model import ABN, LoadedModel
 from abn.predict import PredictConfig, predict_into
 from abn.predictions import Predictions, read_predictions, write_shard
-from tiny import PROJECT, ROWS, SIZE, correct, make_workspace, square, tiny_settings
+from tiny import ROWS, SIZE, correct, make_workspace, square, tiny_settings, write_params
 
 CLASSES = ["dark", "light"]
 
@@ -177,18 +177,7 @@ def test_predictions_of_another_manifest_are_refused() -> None:
 def test_the_stages_run_in_a_row_with_corrections_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_workspace(tmp_path)
     correct(root, {f"train{i:02d}": square(i) for i in range(4)})
-    params = (PROJECT / "params.yaml").read_text()
-    for old, new in {
-        "size: [32, 32]": "size: [16, 16]",
-        "cifar_resnet20": "cifar_resnet8",
-        "epochs: 30": "epochs: 2",
-        "batch_size: 64": "batch_size: 8",
-        "budget: 30": "budget: 6",
-        "device: auto": "device: cpu",
-    }.items():
-        assert old in params
-        params = params.replace(old, new)
-    (root / "params.yaml").write_text(params)
+    write_params(root, epochs=2)
     monkeypatch.chdir(root)
     for stage in (train, predict, evaluate, selection, control):
         stage.main()

@@ -62,6 +62,7 @@ def abn_modules(path: Path) -> set[str]:
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
     """What runs when a module is imported: everything but the bodies of functions and of `if __name__ == ...`."""
+    children: list[ast.AST]
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         children = [*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)]
     elif isinstance(node, ast.Lambda) or (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from abn.config import make_section, read_params
@@ -29,7 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the manifest whose picture shows a square, bright for class `light` and dim for `dark`."""
+    """A row of the manifest."""
 
     id: str
     label: str = "light"
@@ -60,14 +61,31 @@ def tiny_settings(**changes: Mapping[str, Any]) -> Settings:
     )
 
 
+def write_params(root: Path, epochs: int) -> None:
+    """params.yaml of the project with TINY laid over, and a budget that the tiny workspace can fill."""
+    params = read_params(PROJECT / "params.yaml")
+    changes = {**TINY, "train": {**TINY["train"], "epochs": epochs}, "selection": {"budget": 6}}
+    (root / "params.yaml").write_text(
+        yaml.safe_dump({name: {**params[name], **changes.get(name, {})} for name in params})
+    )
+
+
 def make_workspace(root: Path, rows: Sequence[Row] = tuple(ROWS)) -> Path:
-    """Pictures, manifest, corrections without a row, gold masks of val and test, an empty models/start.pt."""
+    """Pictures that show squares; see `write_workspace`."""
+    pictures = [picture(number, row.label) for number, row in enumerate(rows)]
+    return write_workspace(root, rows, pictures, [square(number) for number in range(len(rows))])
+
+
+def write_workspace(
+    root: Path, rows: Sequence[Row], pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray]
+) -> Path:
+    """Pictures, manifest, corrections without a row, the gold masks of val and test, an empty models/start.pt."""
     (root / "data/images").mkdir(parents=True)
     (root / "models").mkdir()
     (root / "models/start.pt").touch()
-    for number, row in enumerate(rows):
-        Image.fromarray(picture(number, row.label)).save(root / row.image)
-    gold = {row.id: square(number) for number, row in enumerate(rows) if row.split in ("val", "test")}
+    for row, image in zip(rows, pictures, strict=True):
+        Image.fromarray(image).save(root / row.image)
+    gold = {row.id: mask for row, mask in zip(rows, masks, strict=True) if row.split in ("val", "test")}
     np.savez(root / "data/gold.npz", allow_pickle=False, **gold)
     manifest = [{**asdict(row), "image": row.image, "group": ""} for row in rows]
     write_csv(root / "data/manifest.csv", MANIFEST_COLUMNS, manifest)

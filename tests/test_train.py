@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from abn import train as training
+from abn.context import binarised, other_pictures, random_contexts, replace_context
+from abn.data import Batch, Pictures
+from abn.evaluate import align, measure
+from abn.losses import l2_map_loss
+from abn.manifest import read_manifest, training_samples
+from abn.model import ABN, ABNOutput, load_model
+from abn.predict import PredictConfig, predict
+from abn.train import Objective, Settings, TrainConfig, choose_device, learning_rate, train
+from tiny import PROJECT, SIZE, Row, correct, make_workspace, square, tiny_settings, write_params, write_workspace
+
+MASKS = {f"train{i:02d}": square(i) for i in range(6)}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_workspace(tmp_path / "workspace")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Killed(Exception):
+    pass
+
+
+def run(
+    root: Path, settings: Settings, output: Path, corrected: bool = True, killed_after: int = 0
+) -> tuple[bytes, list[dict[str, Any]]]:
+    """The bytes of the model and the lines of train.jsonl without their seconds; none of the model if killed."""
+
+    def on_epoch(line: dict[str, float]) -> None:
+        if line["epoch"] == killed_after:
+            raise Killed
+
+    try:
+        train(root, read_manifest(root, corrected=corrected), settings, output, on_epoch)
+    except Killed:
+        assert not (output / "model.pt").exists()
+        return b"", []
+    lines = [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("seconds") > 0
+    return (output / "model.pt").read_bytes(), lines
+
+
+# --- the same again
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(root: Path, tmp_path: Path) -> None:
+    correct(root, MASKS)
+    first = run(root, tiny_settings(), tmp_path / "first")
+    assert first == run(root, tiny_settings(), tmp_path / "second")
+    assert first != run(root, tiny_settings(train={"seed": 1}), tmp_path / "other")
+    assert [line["epoch"] for line in first[1]] == [1, 2, 3]
+    assert {line["corrected"] for line in first[1]} == {6}
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_a_killed_training_ends_as_if_it_had_not_been(root: Path, tmp_path: Path, killed_after: int) -> None:
+    correct(root, MASKS)
+    undisturbed = run(root, tiny_settings(), tmp_path / "undisturbed")
+    run(root, tiny_settings(), tmp_path / "killed", killed_after=killed_after)
+    assert (tmp_path / "killed/checkpoint.pt").exists()
+    assert run(root, tiny_settings(), tmp_path / "killed") == undisturbed
+    assert not (tmp_path / "killed/checkpoint.pt").exists()
+
+
+def test_a_training_killed_within_an_epoch_goes_on_from_the_last_whole_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    correct(root, MASKS)
+    undisturbed = run(root, tiny_settings(), tmp_path / "undisturbed")
+    augment, calls = training.augment, []
+
+    def dying(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:  # the second step of the second epoch; an epoch has two
+            raise Killed
+        return augment(*arguments)
+
+    monkeypatch.setattr(training, "augment", dying)
+    run(root, tiny_settings(), tmp_path / "killed")
+    assert json.loads((tmp_path / "killed/train.jsonl").read_text())["epoch"] == 1
+    monkeypatch.undo()
+    assert run(root, tiny_settings(), tmp_path / "killed") == undisturbed
+
+
+def test_a_process_that_is_killed_goes_on_to_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    correct(root, MASKS)
+    write_params(root, epochs=30)
+    settings = Settings.load(root / "params.yaml")
+    undisturbed = run(root, settings, tmp_path / "undisturbed")
+    command, environment = [sys.executable, "-m", "abn.train"], {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/30"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (root / "results/model.pt").exists()
+    done: list[float] = []
+    train(root, read_manifest(root), settings, root / "results", lambda line: done.append(line["epoch"]))
+    assert done[0] > 2
+    assert (root / "results/model.pt").read_bytes() == undisturbed[0]
+
+
+@pytest.mark.parametrize("change", ["settings", "corrections", "start"])
+def test_a_checkpoint_of_other_inputs_is_not_gone_on_from(root: Path, tmp_path: Path, change: str) -> None:
+    correct(root, MASKS)
+    run(root, tiny_settings(), tmp_path / "killed", killed_after=2)
+    settings = tiny_settings(train={"learning_rate": 0.05}) if change == "settings" else tiny_settings()
+    if change == "corrections":
+        correct(root, {name: 255 - mask for name, mask in MASKS.items()})
+    if change == "start":
+        (root / "models/start.pt").write_bytes(b"another champion; these settings start from scratch")
+    assert run(root, settings, tmp_path / "killed") == run(root, settings, tmp_path / "fresh")
+
+
+# --- the control
+
+
+def test_no_corrections_and_no_recipe_and_the_control_agree_exactly(root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings()
+    nothing = run(root, settings, tmp_path / "nothing")
+    correct(root, MASKS)
+    assert run(root, settings, tmp_path / "control", corrected=False) == nothing
+    assert run(root, settings, tmp_path / "corrected") != nothing
+    without_recipe = run(root, tiny_settings(corrections={"recipe": "none"}), tmp_path / "none")
+    assert without_recipe == nothing
+
+
+@pytest.mark.parametrize("recipe", ["context", "paper"])
+def test_each_recipe_trains_and_reports_the_loss_of_the_map(root: Path, tmp_path: Path, recipe: str) -> None:
+    correct(root, MASKS)
+    _, lines = run(root, tiny_settings(corrections={"recipe": recipe}), tmp_path / recipe)
+    assert all(0 < line["map_loss"] < 1 for line in lines)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["attention_loss"] + line["perception_loss"] + line["map_loss"])
+
+
+def test_a_single_corrected_sample_is_enough(root: Path, tmp_path: Path) -> None:
+    correct(root, {"train03": square(3)})
+    _, lines = run(root, tiny_settings(), tmp_path / "one")
+    assert [line["corrected"] for line in lines] == [1, 1, 1]
+
+
+# --- what can go wrong
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(train={"learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match=r"loss (nan|inf) at epoch \d, step \d; samples train\d\d, ") as failed:
+        run(root, settings, tmp_path / "results")
+    named = str(failed.value).split("samples ")[1].split(", ")
+    assert len(named) == len(set(named)) == 8
+    assert not (tmp_path / "results/model.pt").exists()
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    missing = "mps" if not torch.backends.mps.is_available() else "cuda"
+    for name in (missing, "gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"train.device is '{name}', which this machine lacks; set it to auto"):
+            choose_device(name)
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_the_rate_warms_up_and_ends_at_nearly_nothing() -> None:
+    config: TrainConfig = tiny_settings(train={"learning_rate": 0.1}).train
+    assert learning_rate(config, 0.05) == pytest.approx(0.05)
+    assert learning_rate(config, 0.1) == pytest.approx(0.1)
+    assert learning_rate(config, 0.55) == pytest.approx(0.05)
+    assert learning_rate(config, 1.0) == pytest.approx(0.0, abs=1e-9)
+    assert 0 < learning_rate(config, 0.0) < 0.01
+
+
+# --- where training starts
+
+
+def test_training_can_go_on_from_the_champion(root: Path, tmp_path: Path) -> None:
+    run(root, tiny_settings(train={"seed": 7}), tmp_path / "champion")
+    (root / "models/start.pt").write_bytes((tmp_path / "champion/model.pt").read_bytes())
+    barely = {"epochs": 1, "learning_rate": 1e-9}
+    run(root, tiny_settings(train={**barely, "start": "champion"}), tmp_path / "on")
+    run(root, tiny_settings(train={**barely, "start": "scratch"}), tmp_path / "scratch")
+    champion, went_on, scratch = (
+        load_model(tmp_path / name / "model.pt").network.linear.weight for name in ("champion", "on", "scratch")
+    )
+    torch.testing.assert_close(went_on, champion)
+    assert (scratch - champion).abs().max() > 0.01
+
+
+def test_without_a_champion_training_starts_from_scratch(root: Path, tmp_path: Path) -> None:
+    """models/start.pt is empty before the first promotion."""
+    champion, _ = run(root, tiny_settings(train={"start": "champion"}), tmp_path / "champion")
+    scratch, _ = run(root, tiny_settings(), tmp_path / "scratch")
+    assert champion == scratch
+
+
+def test_a_champion_of_another_kind_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+    run(root, tiny_settings(), tmp_path / "champion")
+    (root / "models/start.pt").write_bytes((tmp_path / "champion/model.pt").read_bytes())
+    larger = tiny_settings(train={"start": "champion"}, model={"backbone": "cifar_resnet14"})
+    with pytest.raises(ValueError, match="has another model.backbone; set train.start: scratch"):
+        run(root, larger, tmp_path / "larger")
+    manifest = root / "data/manifest.csv"
+    manifest.write_text(manifest.read_text().replace(",light,", ",bright,"))
+    with pytest.raises(ValueError, match=r"knows the classes \['dark', 'light'\], not \['bright', 'dark'\]"):
+        run(root, tiny_settings(train={"start": "champion"}), tmp_path / "classes")
+
+
+# --- what a mask adds to the objective
+
+
+def batch_of(root: Path, indices: list[int]) -> Batch:
+    return Pictures(root, training_samples(read_manifest(root)), ["dark", "light"], (SIZE, SIZE))[indices]
+
+
+class Recorder(ABN):
+    """An ABN that keeps the pictures it was given."""
+
+    def forward(self, images: Tensor, attention_map: Tensor | None = None) -> ABNOutput:
+        self.seen = images.clone()
+        self.output = super().forward(images, attention_map)
+        return self.output
+
+
+def objective(settings: Settings) -> tuple[Objective, Recorder]:
+    torch.manual_seed(0)
+    network = Recorder(settings.model, 2)
+    return Objective(network, settings, torch.device("cpu"), corrected=True), network
+
+
+def still(**corrections: Any) -> Settings:
+    return tiny_settings(data={"flip": False, "shift": 0}, corrections=corrections)
+
+
+def test_the_map_loss_of_a_worked_example() -> None:
+    maps = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
+    masks = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 0.0], [0.0, 1.0]]]])
+    expected = [(0.25 / 2) ** 0.5, 0.5]  # root of the mean of the squares
+    assert l2_map_loss(maps, masks).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_map_loss_touches_masked_samples_only(root: Path) -> None:
+    correct(root, MASKS)
+    compute, network = objective(still(recipe="paper", map_weight=3.0))
+    loss, parts = compute(batch_of(root, [0, 12, 3, 13]), generator(), 0.0)
+    maps = network.output.attention_map.detach()[[0, 2]]
+    masks = torch.stack([torch.from_numpy(square(i)).float() / 255 for i in (0, 3)])[:, None]
+    small = masks.reshape(2, 1, 8, 2, 8, 2).mean(dim=(3, 5))  # what each cell of the map covers, nearly
+    expected = (maps - small).square().mean(dim=(1, 2, 3)).sqrt().mean().item()
+    assert parts["map_loss"] == pytest.approx(expected, abs=0.02)
+    assert loss.item() == pytest.approx(parts["attention_loss"] + parts["perception_loss"] + 3 * parts["map_loss"])
+    network.output.attention_map.retain_grad()
+    alone = compute.map_loss(network.output.attention_map[[0, 2]], small).sum()
+    (gradient,) = torch.autograd.grad(alone, network.output.attention_map, retain_graph=True)
+    assert gradient[[0, 2]].abs().amin(dim=0).max() > 0
+    assert not gradient[[1, 3]].any()
+
+
+def test_a_batch_without_masks_has_no_map_loss(root: Path) -> None:
+    correct(root, MASKS)
+    compute, _ = objective(still(recipe="paper"))
+    loss, parts = compute(batch_of(root, [10, 11]), generator(), 0.0)
+    assert "map_loss" not in parts
+    assert loss.item() == pytest.approx(parts["attention_loss"] + parts["perception_loss"])
+
+
+def test_context_replacement_keeps_the_marked_pixels_and_the_uncorrected_pictures(root: Path) -> None:
+    correct(root, MASKS)
+    compute, network = objective(still(context_rate=1.0, propagate_rate=0.0))
+    batch = batch_of(root, [0, 12, 3, 13])
+    compute(batch, generator(), 0.9)
+    original = batch.images.float() / 255
+    for row, number in ((0, 0), (2, 3)):
+        inside = torch.from_numpy(square(number)) > 0
+        assert torch.equal(network.seen[row][:, inside], original[row][:, inside])
+        assert (network.seen[row][:, ~inside] != original[row][:, ~inside]).float().mean() > 0.9
+    assert torch.equal(network.seen[[1, 3]], original[[1, 3]])
+
+
+def test_no_context_is_replaced_at_rate_zero_or_by_the_recipe_of_the_paper(root: Path) -> None:
+    correct(root, MASKS)
+    batch = batch_of(root, [0, 12, 3, 13])
+    for settings in (still(context_rate=0.0, propagate_rate=0.0), still(recipe="paper", context_rate=1.0)):
+        compute, network = objective(settings)
+        compute(batch, generator(), 0.9)
+        assert torch.equal(network.seen, batch.images.float() / 255)
+
+
+def test_the_others_follow_later_with_their_own_map_as_mask(root: Path) -> None:
+    correct(root, MASKS)
+    settings = still(context_rate=0.0, propagate_from=0.5, propagate_rate=1.0)
+    batch = batch_of(root, [0, 12, 3, 13])
+    original = batch.images.float() / 255
+    compute, network = objective(settings)
+    compute(batch, generator(), 0.4)
+    assert torch.equal(network.seen, original)
+
+    own = torch.zeros(4, 1, 8, 8)
+    own[:, :, 2:5, 2:5] = 1  # at 16x16 these are pixels 4..9, grown by one: 3..10
+    network.attend = lambda features: (torch.zeros(4, 2), own)  # type: ignore[method-assign]
+    compute._attention(original)
+    assert network.training
+    compute(batch, generator(), 0.5)
+    kept = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    kept[3:11, 3:11] = True
+    for row in (1, 3):
+        assert torch.equal(network.seen[row][:, kept], original[row][:, kept])
+        assert (network.seen[row][:, ~kept] != original[row][:, ~kept]).float().mean() > 0.9
+    assert torch.equal(network.seen[[0, 2]], original[[0, 2]])
+
+
+def test_looking_at_the_own_maps_leaves_the_running_means_alone(root: Path) -> None:
+    compute, network = objective(still())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    maps = compute._attention(torch.rand(4, 3, SIZE, SIZE, generator=generator()))
+    assert not maps.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_soft_rim_blends() -> None:
+    image, context = torch.ones(1, 3, 1, 3), torch.zeros(1, 3, 1, 3)
+    mask = torch.tensor([[[[0.0, 0.5, 1.0]]]])
+    assert replace_context(image, mask, context)[0, 0, 0].tolist() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_a_context_comes_from_another_picture_and_each_gives_one(count: int) -> None:
+    pictures = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    for seed in range(30):
+        others = other_pictures(pictures, generator(seed))[:, 0, 0, 0].long()
+        assert sorted(others.tolist()) == list(range(count))
+        assert (others != torch.arange(count)).all()
+
+
+def test_half_of_the_contexts_are_pictures() -> None:
+    pictures = torch.full((2000, 3, 2, 2), 2.0)  # noise is 0..1
+    contexts = random_contexts(pictures, generator())
+    share = (contexts == 2).all(dim=(1, 2, 3)).float().mean().item()
+    assert 0.4 < share < 0.6
+    noise = contexts[(contexts != 2).any(dim=(1, 2, 3))]
+    assert 0 <= noise.min() <= noise.max() <= 1
+
+
+def test_a_mask_is_cut_at_a_half_and_grown_by_pixels() -> None:
+    mask = torch.tensor([[[[0.0, 0.0, 0.5, 0.6, 0.0, 0.0]]]])
+    assert binarised(mask)[0, 0, 0].tolist() == [0, 0, 0, 1, 0, 0]
+    assert binarised(mask, grow=1)[0, 0, 0].tolist() == [0, 0, 1, 1, 1, 0]
+
+
+# --- the point of it all
+
+
+def test_masks_move_the_decision_and_not_only_the_map(tmp_path: Path) -> None:
+    """Digits 0 to 3 with a patch in a corner: in training its colour tells the class, in the test it tells nothing.
+
+    Measured when this was written, for three seeds, without masks and with 60 of them: accuracy 0.20 and 0.78 to 0.89,
+    attention inside the mask 0.23 (as chance would have it) and 0.56 to 0.62, context reliance 0.83 and 0.24 to 0.27.
+    """
+    digits, rng = load_digits(n_class=4), np.random.default_rng(0)
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)], np.uint8)
+    rows, pictures, masks = [], [], []
+    for number, (digit, label) in enumerate(zip(digits.images[:350], digits.target[:350], strict=True)):
+        image, mask = np.zeros((24, 24, 3), np.uint8), np.zeros((24, 24), np.uint8)
+        grey = np.kron(digit, np.ones((2, 2))) * 12
+        top, left = rng.integers(0, 3, 2)
+        image[top : top + 16, left : left + 16] = grey[..., None]
+        mask[top : top + 16, left : left + 16] = (grey > 0) * 255
+        split = "train" if number < 200 else "test"
+        image[-6:, -6:] = colours[label if split == "train" else rng.integers(4)]
+        rows.append(Row(f"{number:03d}", str(label), split))
+        pictures.append(image)
+        masks.append(mask)
+    root = write_workspace(tmp_path, rows, pictures, masks)
+    correct(root, {row.id: mask for row, mask in zip(rows[:60], masks[:60], strict=True)})
+    settings = tiny_settings(data={"size": [24, 24], "flip": False, "shift": 2}, train={"epochs": 15, "batch_size": 32})
+
+    def learned(corrected: bool) -> dict[str, float]:
+        output = tmp_path / f"results-{corrected}"
+        run(root, settings, output, corrected)
+        model, samples = load_model(output / "model.pt"), read_manifest(root)
+        judged = [sample for sample in samples if sample.split == "test"]
+        found = predict(model, Pictures(root, judged, model.classes, model.size), PredictConfig(64, 0))
+        return measure(found, align(judged, found, model.classes)[0], np.arange(len(judged)))
+
+    control, taught = learned(corrected=False), learned(corrected=True)
+    assert control["accuracy"] < 0.5 < taught["accuracy"] - 0.1
+    assert taught["attention_inside_mask"] > control["attention_inside_mask"] + 0.15
+    assert taught["context_reliance"] < control["context_reliance"] - 0.25

@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from conftest import Studio
 from fastapi import FastAPI
 from PIL import Image
 
+from conftest import Studio
 from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
 from labeling.corrections import INSIDE, read_corrections
 from labeling.live import create_app

@@ -78,6 +78,7 @@ def run_demo(repository: Path, directory: Path, rounds: int, budget: int, keep: 
         write_atomically(place.root / "report.html", render_report(place, summary, looks))
         return summary
     finally:
+        services.disconnect()
         if not keep:
             services.down(place)
 

@@ -199,6 +199,16 @@ def connect(workspace: Workspace) -> None:
     )
 
 
+def disconnect() -> None:
+    """Send what Prefect still holds back; at exit it would wait for minutes for a server that has ended."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=10)
+        EventsWorker.drain_all(timeout=10)
+
+
 def label_studio_access(workspace: Workspace) -> tuple[str, str]:
     """Label Studio's address and a token for it. Raises PermissionError where no token is known for an external one."""
     external = _external_url(workspace)

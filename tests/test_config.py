@@ -45,6 +45,7 @@ def test_a_section_becomes_a_dataclass_and_whole_numbers_become_floats() -> None
         ({"light": 1}, "oven.light is 1; it must be of type bool"),
         ({"size": [1, 2, 3]}, "oven.size is [1, 2, 3]; it must be a list of 2 values"),
         ({"size": 5}, "oven.size is 5; it must be a list of 2 values"),
+        ({"size": [1, True]}, "oven.size is True; it must be of type int"),
         ({"size": [1, 2.5]}, "oven.size is 2.5; it must be of type int"),
         ({"racks": "top"}, "oven.racks is 'top'; it must be a list"),
         ({"note": 3}, "oven.note is 3; it must be of type str"),

@@ -279,9 +279,11 @@ def test_fewer_corrections_than_the_share_are_each_drawn_once() -> None:
 
 
 def test_a_data_set_smaller_than_a_batch_honours_the_share_too() -> None:
-    (batch,) = batches(20, list(range(16)), size=64, share=0.25)
-    assert len(batch) == 20
-    assert set(batch[:5]) <= set(range(16))
+    for seed in range(20):
+        (batch,) = batches(20, list(range(10)), size=64, share=0.25, seed=seed)
+        assert len(batch) == 20
+        assert set(batch[:5]) <= set(range(10))
+        assert len(set(batch[5:])) == 15  # the rest of the epoch shows nothing twice
 
 
 def test_an_epoch_without_corrections_shows_nothing_twice() -> None:

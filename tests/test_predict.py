@@ -70,9 +70,12 @@ def test_gold_masks_are_those_of_validation_and_test(root: Path, model: LoadedMo
         assert found.gold_maps[row].mean() == pytest.approx(square(row).mean() / 255, abs=0.02)
 
 
-def test_an_empty_gold_mask_judges_nothing(tmp_path: Path, model: LoadedModel) -> None:
+def test_an_empty_gold_mask_judges_nothing_and_one_of_a_training_picture_is_not_looked_at(
+    tmp_path: Path, model: LoadedModel
+) -> None:
     root = make_workspace(tmp_path)
-    np.savez(root / "data/gold.npz", allow_pickle=False, val0=np.zeros((SIZE, SIZE), np.uint8), val1=square(21))
+    masks = {"val0": np.zeros((SIZE, SIZE), np.uint8), "val1": square(21), "train00": square(0)}
+    np.savez(root / "data/gold.npz", allow_pickle=False, **masks)
     found = predictions_of(root, model)
     assert found.samples[found.has_gold].tolist() == ["val1"]
 

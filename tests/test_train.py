@@ -73,6 +73,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(root: Path
     assert {line["corrected"] for line in first[1]} == {6}
 
 
+def test_every_epoch_shuffles_anew(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    loader = training.loader
+
+    def watched(pictures: Pictures, batches: Any) -> Any:
+        shown.append(batches)
+        return loader(pictures, batches)
+
+    monkeypatch.setattr(training, "loader", watched)
+    run(root, tiny_settings(), tmp_path / "results")
+    assert len(shown) == 3
+    assert shown[0] != shown[1] != shown[2] != shown[0]
+
+
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
 def test_a_killed_training_ends_as_if_it_had_not_been(root: Path, tmp_path: Path, killed_after: int) -> None:
     correct(root, MASKS)

@@ -42,7 +42,7 @@ check: setup
 	@$(call in_step,requirements-label-studio.lock,$(STUDIO))
 
 # Comments and hashes may differ: uv words its comments, and a registry gains files of a version it already has.
-in_step = diff -I '^ *#' -I '^ *--hash=' $(1) $(2)/$(1) || { echo "$(1) is out of step; run make lock"; exit 1; }
+in_step = diff -I '^ *\#' -I '^ *--hash=' $(1) $(2)/$(1) || { echo "$(1) is out of step; run make lock"; exit 1; }
 
 lock: $(UV)
 	$(call compile,$(PROJECT),requirements.lock)

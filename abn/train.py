@@ -31,7 +31,7 @@ from abn.data import (
     loader,
 )
 from abn.files import replacing
-from abn.losses import MAP_LOSSES
+from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.stage import CONTROL, ROUND, Stage
@@ -57,7 +57,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CorrectionsConfig:
     recipe: Literal["context", "paper", "none"]
-    map_loss: Literal["l2"]
+    map_loss: Literal["l2", "l1", "bce", "energy", "suppress", "rrr"]
     map_weight: float
     share: float
     context_rate: float
@@ -120,6 +120,8 @@ def train(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
     objective = Objective(network, settings, device, bool(corrected))
+    frozen = settings.corrections.recipe == "paper" and _has_champion(root, settings)
+    network.extractor.requires_grad_(not frozen)
     history = History(_fingerprint(root, samples, settings), output, network, optimizer)
     for epoch in range(history.done + 1, config.epochs + 1):
         began = time.perf_counter()
@@ -128,6 +130,7 @@ def train(
             epoch_batches(len(pictures), corrected, config.batch_size, settings.corrections.share, generator)
         )
         network.train()
+        network.extractor.train(not frozen)  # the running means of its batch norms belong to its weights
         totals: dict[str, float] = {}
         for step, batch in enumerate(loader(pictures, batches)):
             rate = learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
@@ -170,6 +173,9 @@ class Objective:
         masked = batch.has_mask.to(self.device) & (config.recipe != "none")
         if self.corrected and config.recipe == "context":
             images = self._in_other_contexts(images, masks, masked, generator, progress)
+        gradients = config.map_loss == "rrr" and bool(masked.any())
+        if gradients:
+            images.requires_grad_()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             output = self.network(images.contiguous(memory_format=torch.channels_last))
         attention = F.cross_entropy(output.attention_logits.float(), labels)
@@ -178,7 +184,8 @@ class Objective:
         right = (output.logits.argmax(dim=1) == labels).float().mean()
         parts = {"attention_loss": attention.item(), "perception_loss": perception.item(), "accuracy": right.item()}
         if masked.any():
-            maps = output.attention_map.float()[masked]
+            maps = input_gradients(output.logits, images) if gradients else output.attention_map.float()
+            maps = maps[masked]
             distance = self.map_loss(maps, resize_map(masks[masked], maps.shape[-2:])).mean()
             loss = loss + config.map_weight * distance
             parts["map_loss"] = distance.item()
@@ -252,9 +259,8 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN:
     network = ABN(settings.model, len(classes))
-    start = root / "models/start.pt"
-    if settings.train.start == "champion" and start.is_file() and start.stat().st_size:
-        loaded = load_model(start)
+    if _has_champion(root, settings):
+        loaded = load_model(root / "models/start.pt")
         if loaded.classes != classes:
             known = f"models/start.pt knows the classes {loaded.classes}"
             raise ValueError(f"{known}, not {classes}; set train.start: scratch")
@@ -263,6 +269,12 @@ def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN
         except RuntimeError as error:
             raise ValueError("models/start.pt has another model.backbone; set train.start: scratch") from error
     return network
+
+
+def _has_champion(root: Path, settings: Settings) -> bool:
+    """Whether training goes on from a model; models/start.pt is empty before the first promotion."""
+    start = root / "models/start.pt"
+    return settings.train.start == "champion" and start.is_file() and start.stat().st_size > 0
 
 
 def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings) -> str:

@@ -1,0 +1,327 @@
+"""What corrections are worth: `python -m benchmarks.correction --data digits --confound patch --corrections 30`.
+
+Trains on pictures whose confound tells the class, with masks of a few of them, and tests where it tells nothing.
+Every arm is a set of settings of abn's own training; every figure is of the last epoch. `--keep DIR` keeps the figures
+of each single training, so that the same one is never run twice and a killed benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from abn.config import make_section, read_params
+from abn.data import DataConfig, Pictures
+from abn.evaluate import measure
+from abn.files import replacing
+from abn.manifest import Sample, mask_sha256
+from abn.model import LoadedModel, ModelConfig, load_model
+from abn.predict import GOLD, PredictConfig, predict
+from abn.train import CorrectionsConfig, Settings, TrainConfig, train
+from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
+
+PROJECT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One problem: the data, what misleads, and who says what."""
+
+    data: str
+    path: str
+    size: tuple[int, int]  # height, width in pixels
+    train: int  # at most so many training pictures
+    confound: str
+    fraction: float  # of the classes carry the confound in training
+    corrections: int
+    faults: str  # of the masks: none or hasty
+
+
+# What an arm changes in params.yaml. An empty mapping is what the project ships.
+MAP_ALONE = {"corrections.context_rate": 0.0, "corrections.propagate_rate": 0.0}
+NOTHING = {"corrections.recipe": "none"}
+ARMS: dict[str, dict[str, Any]] = {
+    "control": NOTHING,
+    "paper": {"corrections.recipe": "paper", "corrections.map_loss": "l2", "train.start": "champion"},
+    "l2": {**MAP_ALONE, "corrections.map_loss": "l2"},
+    "l1": {**MAP_ALONE, "corrections.map_loss": "l1"},
+    "bce": {**MAP_ALONE, "corrections.map_loss": "bce"},
+    "energy": {**MAP_ALONE, "corrections.map_loss": "energy"},
+    "suppress": {**MAP_ALONE, "corrections.map_loss": "suppress"},
+    "rrr": {**MAP_ALONE, "corrections.map_loss": "rrr"},
+    "context": {"corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
+    "default": {},
+    "upper": NOTHING,  # and trained without the confound
+}
+NEEDED = ("control", "upper")  # every `recovered` hangs on them
+FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
+COLUMNS = (*FIGURES, "recovered")
+# Height and width, and whether a mirrored picture is still one of its class.
+SHAPES = {
+    "digits": ((32, 32), False),
+    "mnist": ((32, 32), False),
+    "coffee_leaf": ((64, 128), True),
+    "magnetic_tile": ((64, 64), True),
+}
+PREDICT = PredictConfig(batch_size=256, seed=0)
+
+
+def settings_with(changes: Mapping[str, Any]) -> Settings:
+    """params.yaml with `section.key` values laid over. Raises ValueError for a setting that does not exist."""
+    params = read_params(PROJECT / "params.yaml")
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        if section not in params:
+            raise ValueError(f"{name} is not a setting; sections: {', '.join(params)}")
+        params[section][key] = value
+    return Settings(
+        make_section(DataConfig, params["data"], "data"),
+        make_section(ModelConfig, params["model"], "model"),
+        make_section(TrainConfig, params["train"], "train"),
+        make_section(CorrectionsConfig, params["corrections"], "corrections"),
+    )
+
+
+class Problem:
+    """A `Spec` and a seed as files that abn trains on, below `root`."""
+
+    def __init__(self, root: Path, spec: Spec, seed: int) -> None:
+        self.root = root
+        generator = np.random.default_rng([seed, 1])
+        self.data, test = load(spec.data, Path(spec.path) if spec.path else None, spec.size, spec.train, seed)
+        count = len(self.data.classes)
+        self.classes = self.data.classes
+        carriers = generator.permutation(count)[: max(1, round(spec.fraction * count))]
+        codes = generator.integers(count, size=len(test))
+        (root / "images").mkdir(parents=True)
+        (root / "data").mkdir()
+        (root / "models").mkdir()
+        self.train = {
+            "confounded": self._write("confounded", confound(self.data, spec.confound, self.data.labels, carriers)),
+            "plain": self._write("plain", self.data),
+        }
+        self.test = {
+            "random_confound": self._write("random_confound", confound(test, spec.confound, codes, carriers), "test"),
+            "clean": self._write("clean", test, "test"),
+        }
+        self.test_labels = test.labels
+        gold = {f"{name}{row:05d}": _levels(mask) for name in self.test for row, mask in enumerate(test.masks)}
+        np.savez(root / GOLD, allow_pickle=False, **gold)
+        self.faults = spec.faults
+        self.order = generator.permutation(len(self.data)).tolist()
+        self.chosen = choose(self.data.labels, self.order)[: spec.corrections]
+
+    def _write(self, name: str, data: Data, split: str = "train") -> list[Sample]:
+        samples = []
+        for row, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+            sample = Sample(f"{name}{row:05d}", f"images/{name}{row:05d}.png", data.classes[label], split)
+            Image.fromarray(image).save(self.root / sample.image, compress_level=1)
+            samples.append(sample)
+        return samples
+
+    def corrected(self, rows: Sequence[int], name: str) -> list[Sample]:
+        """The confounded training samples, those at `rows` with a mask; the whole picture where nothing is marked.
+
+        The masks go into the file `name`.
+        """
+        samples, masks = list(self.train["confounded"]), {}
+        for row in rows:
+            mask = self.data.masks[row]
+            if not mask.any():
+                mask = np.ones_like(mask)
+            elif self.faults == "hasty":
+                mask = hasty(mask, np.random.default_rng([row, 2]))
+            masks[samples[row].id] = _levels(mask)
+            samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(_levels(mask)))
+        np.savez(self.root / name, allow_pickle=False, **masks)
+        return samples
+
+    def misclassified(self, model: LoadedModel) -> list[int]:
+        """As many rows as there are corrections: those that the model gets wrong, topped up by those chosen anyway."""
+        answers = predict(model, Pictures(self.root, self.train["confounded"], self.classes, model.size), PREDICT)
+        wrong = np.flatnonzero(answers.probabilities.argmax(axis=1) != self.data.labels).tolist()
+        wrong = [row for row in self.order if row in set(wrong)]
+        return (wrong + [row for row in self.chosen if row not in set(wrong)])[: len(self.chosen)]
+
+    def run(self, arm: str, settings: Settings) -> dict[str, float]:
+        """Trains and tests one arm; its figures, and `seconds` of the training."""
+        samples, began = self.train["confounded"], time.perf_counter()
+        if arm == "upper":
+            samples = self.train["plain"]
+        elif arm == "paper":
+            shutil.copyfile(self.root / "control/model.pt", self.root / "models/start.pt")
+            samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
+        elif arm != "control":
+            samples = self.corrected(self.chosen, f"{arm}.npz")
+        train(self.root, samples, settings, self.root / arm, lambda line: None)
+        seconds = time.perf_counter() - began
+        model, figures = load_model(self.root / arm / "model.pt"), {}
+        for name, tested in self.test.items():
+            predictions = predict(model, Pictures(self.root, tested, self.classes, model.size), PREDICT)
+            figures[name] = measure(predictions, self.test_labels, np.arange(len(tested)))
+        found = figures["random_confound"]
+        return {
+            "random_confound": found["balanced_accuracy"],
+            "clean": figures["clean"]["balanced_accuracy"],
+            "worst_class": found["worst_class_accuracy"],
+            "inside_mask": found["attention_inside_mask"],
+            "mask_share": found["mask_share"],
+            "seconds": seconds,
+        }
+
+
+def _levels(mask: np.ndarray) -> np.ndarray:
+    return np.where(mask, 255, 0).astype(np.uint8)
+
+
+def run_seed(
+    spec: Spec, seed: int, arms: Sequence[str], changes: Mapping[str, Any], keep: Path | None
+) -> dict[str, dict[str, float]]:
+    """The figures of each arm for one seed, each with `recovered`; control and upper always run, the others hang on
+    them. Only what `keep` does not hold already is trained."""
+    figures: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        problem: Problem | None = None
+        for arm in ["control", "upper", *(arm for arm in arms if arm not in NEEDED)]:
+            settings = settings_with({"data.size": list(spec.size), **changes, **ARMS[arm], "train.seed": seed})
+            kept = keep / f"{_name(spec, seed, arm, settings)}.json" if keep else None
+            if kept and kept.is_file() and not (arm == "control" and "paper" in arms):
+                figures[arm] = json.loads(kept.read_text())
+            else:
+                problem = problem or Problem(Path(folder), spec, seed)
+                figures[arm] = problem.run(arm, settings)
+                if kept:
+                    with replacing(kept) as temporary:
+                        temporary.write_text(json.dumps(figures[arm]))
+            print(f"seed {seed}  {arm:10}  {_in_words(figures[arm])}", flush=True)
+    low, high = (figures[arm]["random_confound"] for arm in NEEDED)
+    for found in figures.values():
+        # Where the confound costs nothing there is nothing to recover.
+        found["recovered"] = (found["random_confound"] - low) / (high - low) if high - low > 0.02 else float("nan")
+    return figures
+
+
+def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
+    """Of a training, by all that it depends on but the code: control and upper do not depend on the corrections."""
+    problem = asdict(spec)
+    values = asdict(settings)
+    if arm in NEEDED:
+        del problem["corrections"], problem["faults"]
+        values["corrections"] = {}
+    if arm == "upper":
+        values["upper"] = True
+    digest = hashlib.sha256(json.dumps([problem, seed, values, arm == "paper"], sort_keys=True).encode())
+    return digest.hexdigest()[:20]
+
+
+def _in_words(figures: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {figures[name]:.3f}" for name in FIGURES) + f"  {figures['seconds']:.0f} s"
+
+
+def _cell(value: float | None) -> str:
+    return "    -" if value is None else f"{value:.3f}"
+
+
+def summary(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Mean over the seeds of each arm's figures, their standard deviations under `std`."""
+    arms: dict[str, dict[str, Any]] = {}
+    for arm in runs[0]:
+        columns = {name: np.array([run[arm][name] for run in runs]) for name in runs[0][arm]}
+        arms[arm] = {name: _finite(values.mean()) for name, values in columns.items()}
+        arms[arm]["std"] = {name: _finite(values.std()) for name, values in columns.items() if name != "seconds"}
+    return arms
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def seeds_of(text: str) -> list[int]:
+    """`5` is 0 to 4, `100-102` is 100, 101 and 102, `3,7` is itself (and `3,` is 3 alone)."""
+    if "," in text:
+        return [int(part) for part in text.split(",") if part]
+    first, dash, last = text.partition("-")
+    return list(range(int(first), int(last) + 1)) if dash else list(range(int(text)))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.correction", description=__doc__)
+    add = parser.add_argument
+    add("--data", default="digits", help="digits, mnist, coffee_leaf, magnetic_tile, or a folder with an index.csv")
+    add("--path", default="", help="where it lies: its folder, or the folder above")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels that the network sees")
+    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
+    add("--epochs", type=int, help="of each arm (what params.yaml says)")
+    add("--confound", choices=list(CONFOUNDS), default="patch")
+    add("--fraction", type=float, default=1.0, help="of the classes carry the confound in training (1.0)")
+    add("--corrections", type=int, default=30, help="pictures that get a mask (30)")
+    add("--faults", choices=["none", "hasty"], default="none", help="of the masks")
+    add("--seeds", default="5", help="5: 0 to 4; 100-102; 3,7")
+    add("--arms", default="paper,l2,context,default", help=f"of {', '.join(ARMS)}")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml, before the arm's own")
+    add("--keep", type=Path, help="folder for the figures of single trainings")
+    add("--json", type=Path, help="file for the figures")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures as a mapping, ready for JSON. Raises ValueError for an unknown arm, setting or data set."""
+    arms = options.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"--arms names {unknown[0]!r}; known: {', '.join(ARMS)}")
+    size, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
+    changes: dict[str, Any] = {"data.flip": flip, "model.backbone": "cifar_resnet8"}
+    if options.epochs:
+        changes["train.epochs"] = options.epochs
+    for assignment in options.set:
+        name, _, value = assignment.partition("=")
+        changes[name] = yaml.safe_load(value)
+    spec = Spec(
+        options.data,
+        options.path,
+        tuple(options.size or size),
+        options.train,
+        options.confound,
+        options.fraction,
+        options.corrections,
+        options.faults,
+    )
+    seeds = seeds_of(options.seeds)
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+    runs = [run_seed(spec, seed, arms, changes, options.keep) for seed in seeds]
+    return {"settings": {**asdict(spec), "seeds": seeds, "changes": changes}, "arms": summary(runs)}
+
+
+def main() -> None:
+    options = parse()
+    try:
+        result = run(options)
+    except ValueError as error:
+        sys.exit(f"benchmarks.correction: {error}")
+    print(f"\n{'mean of ' + str(len(result['settings']['seeds'])) + ' seeds':12}", *COLUMNS, sep="  ")
+    for arm, figures in result["arms"].items():
+        cells = [f"{_cell(figures[name])} ±{_cell(figures['std'][name])}".rjust(len(name)) for name in COLUMNS]
+        print(f"{arm:12}", *cells, sep="  ")
+    print(f"attention inside the mask would be {result['arms']['control']['mask_share']:.3f} by chance")
+    if options.json:
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

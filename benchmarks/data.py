@@ -1,0 +1,207 @@
+"""Data sets for the benchmarks, and confounds: marks that tell the class in training and nothing in the test."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+from scipy import ndimage
+
+from flows.digits import COLOURS
+
+UNSURE = ("mixed",)  # classes of the photographs that are no class of their own
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pictures of one size. A mask marks the object; empty where a class is defined by absence."""
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    masks: Bool[np.ndarray, "n h w"]
+    labels: Int[np.ndarray, "n"]
+    classes: list[str]
+
+    def __getitem__(self, rows: Int[np.ndarray, "m"]) -> Data:
+        return Data(self.images[rows], self.masks[rows], self.labels[rows], self.classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+# --- data sets: each gives a training and a test half for a seed
+
+
+def digits(size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
+    """The digits that scikit-learn ships, without the drawings that occur twice; `train` of them, the rest is test."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    _, unique = np.unique(source.data, axis=0, return_index=True)
+    order = np.random.default_rng(seed).permutation(np.sort(unique))
+    return _grey((source.images[order] * 255 / 16).astype(np.uint8), source.target[order], size, train)
+
+
+def mnist(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
+    """`train` pictures of mnist_train.npz and 2000 of mnist_test.npz, drawn by seed; both hold `x` and `y`."""
+    generator = np.random.default_rng(seed)
+    halves = []
+    for name, count in (("train", train), ("test", 2000)):
+        with np.load(path / f"mnist_{name}.npz") as file:
+            rows = generator.permutation(len(file["y"]))[:count]
+            halves.append((file["x"][rows], file["y"][rows]))
+    pictures, labels = (np.concatenate(parts) for parts in zip(*halves, strict=True))
+    return _grey(pictures, labels, size, train)
+
+
+def _grey(pictures: np.ndarray, labels: np.ndarray, size: tuple[int, int], train: int) -> tuple[Data, Data]:
+    """White figures on black, their ink as mask."""
+    shape = (size[1], size[0])
+    scaled = np.stack([np.array(Image.fromarray(one).resize(shape, Image.Resampling.BICUBIC)) for one in pictures])
+    names = [str(name) for name in range(int(labels.max()) + 1)]
+    data = Data(np.repeat(scaled[..., None], 3, axis=3), scaled > 110, labels.astype(np.int64), names)
+    return data[np.arange(train)], data[np.arange(train, len(data))]
+
+
+def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
+    """A folder with an index.csv: the columns image, cls or label, mask, and perhaps split or group.
+
+    Rows of split val are test too: nothing is chosen on them here, and small tests need them. Where no split is
+    given, 0.3 of the groups are test. No more than `train` pictures are trained on.
+    """
+    with (path / "index.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    label = "label" if "label" in rows[0] else "cls"
+    rows = [row for row in rows if row[label] and row[label] not in UNSURE]
+    classes = sorted({row[label] for row in rows})
+    data = Data(
+        np.stack([_read(path / row["image"], "RGB", size) for row in rows]),
+        np.stack([_mask(path, row, size) for row in rows]),
+        np.array([classes.index(row[label]) for row in rows]),
+        classes,
+    )
+    generator = np.random.default_rng(seed)
+    if rows[0].get("split"):
+        tested = np.array([row["split"] in ("val", "test") for row in rows])
+    else:
+        groups = np.array([row.get("group") or str(number) for number, row in enumerate(rows)])
+        names = np.unique(groups)
+        tested = np.isin(groups, generator.permutation(names)[: round(0.3 * len(names))])
+    return data[generator.permutation(np.flatnonzero(~tested))[:train]], data[np.flatnonzero(tested)]
+
+
+def _read(path: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.array(file.convert(mode).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def _mask(path: Path, row: dict[str, str], size: tuple[int, int]) -> np.ndarray:
+    """What a symptom of a few pixels covers only in part is marked too, or it would get lost in a small picture."""
+    return _read(path / row["mask"], "L", size) > 60 if row["mask"] else np.zeros(size, dtype=bool)
+
+
+def load(name: str, path: Path | None, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
+    """Training and test pictures of the data set `name`, which lies at `path` (or in a folder of its name below it).
+
+    Every name but digits and mnist stands for a folder with an index.csv. Raises ValueError where nothing is found.
+    """
+    if name == "digits":
+        return digits(size, train, seed)
+    wanted = "mnist_train.npz" if name == "mnist" else "index.csv"
+    for folder in [path, path / name] if path else [Path(name)]:
+        if (folder / wanted).is_file():
+            return (mnist if name == "mnist" else indexed)(folder, size, train, seed)
+    raise ValueError(f"no {wanted} of {name} at {path or name}; name its folder with --path")
+
+
+# --- confounds: each draws the mark of class `code` of `count` into a picture (h, w, 3), in place
+
+
+def patch(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """A square in the colour of the class in the top left corner, 3/16 of the shorter side."""
+    side = round(min(mask.shape) * 3 / 16)
+    image[:side, :side] = COLOURS[code % len(COLOURS)]
+
+
+def mark(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """A white bar with a dark rim, like a scale bar: along the top or the bottom, place and length by the class."""
+    height, width = mask.shape
+    thick, length = max(2, height // 16), round(width * (0.12 + 0.03 * code))
+    left = 1 + round((width - length - 2) * (code // 2) / max(1, (count - 1) // 2))
+    top = 1 if code % 2 else height - thick - 1
+    image[top - 1 : top + thick + 1, left - 1 : left + length + 1] = 0
+    image[top : top + thick, left : left + length] = 255
+
+
+def border(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """The outermost 1/16 tinted half in the colour of the class."""
+    wide = max(2, round(min(mask.shape) / 16))
+    rim = np.ones(mask.shape, dtype=bool)
+    rim[wide:-wide, wide:-wide] = False
+    image[rim] = (image[rim].astype(np.uint16) + COLOURS[code % len(COLOURS)]) // 2
+
+
+def background(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """Faint stripes outside the object, their direction by the class. Without an object there is no outside."""
+    if mask.any():
+        rows, columns = np.indices(mask.shape)
+        angle = math.pi * code / count
+        stripes = 30 * np.sin((rows * math.sin(angle) + columns * math.cos(angle)) * math.pi / 3)
+        textured = np.clip(image + 30 + stripes[..., None], 0, 255).astype(np.uint8)
+        image[~mask] = textured[~mask]
+
+
+CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
+    "patch": patch,
+    "mark": mark,
+    "border": border,
+    "background": background,
+    "none": lambda image, mask, code, count: None,
+}
+
+
+def confound(data: Data, kind: str, codes: Int[np.ndarray, "n"], carriers: Int[np.ndarray, "c"]) -> Data:
+    """The pictures, each with the mark of the class `codes` says, if that class is among the carriers."""
+    images = data.images.copy()
+    for image, mask, code in zip(images, data.masks, codes.tolist(), strict=True):
+        if code in carriers:
+            CONFOUNDS[kind](image, mask, code, len(data.classes))
+    return Data(images, data.masks, data.labels, data.classes)
+
+
+# --- who is corrected, and what labelers paint
+
+
+def choose(labels: Int[np.ndarray, "n"], order: Sequence[int]) -> list[int]:
+    """The rows in `order`, but the classes taking turns, as selection lets them."""
+    turns: dict[int, int] = defaultdict(int)
+    ranked = []
+    for row in order:
+        ranked.append((turns[int(labels[row])], row))
+        turns[int(labels[row])] += 1
+    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def hasty(mask: Bool[np.ndarray, "h w"], generator: np.random.Generator) -> Bool[np.ndarray, "h w"]:
+    """A mask as a hasty person paints it: grown by 0.15 of the picture's larger side and moved by 0.05 of it, a
+    third of them around half of the object only, one in twenty around something else."""
+    side = max(mask.shape)
+    painted = mask
+    if generator.random() < 0.05:
+        painted = np.roll(painted, (mask.shape[0] // 2, mask.shape[1] // 2), axis=(0, 1))
+    if generator.random() < 1 / 3:
+        rows, columns = np.indices(mask.shape)
+        angle = generator.uniform(0, 2 * math.pi)
+        along = rows * math.sin(angle) + columns * math.cos(angle)
+        painted = painted & (along <= np.median(along[painted]))
+    distance = ndimage.distance_transform_edt(~painted)
+    angle = generator.uniform(0, 2 * math.pi)
+    moved = (0.05 * side * math.sin(angle), 0.05 * side * math.cos(angle))
+    painted = ndimage.shift(distance, moved, order=1, mode="nearest") <= 0.15 * side
+    return painted if painted.any() else mask

@@ -1,0 +1,196 @@
+"""The benchmark of corrections on pictures so small that an arm takes a second."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from abn.losses import MAP_LOSSES
+from benchmarks import correction
+from benchmarks.correction import ARMS, Problem, Spec, parse, run, seeds_of, settings_with, summary
+from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
+from tiny import SIZE, picture, square
+
+EVERYONE = np.arange(2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data set with an index.csv: bright squares, and pictures without one, whose mask is empty."""
+    folder = tmp_path / "squares"
+    folder.mkdir()
+    with (folder / "index.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "split", "mask"])
+        for number in range(24):
+            label = "light" if number % 2 else "none"
+            mask = square(number) if label == "light" else np.zeros((SIZE, SIZE), np.uint8)
+            Image.fromarray(picture(number, "light")).save(folder / f"{number}.png")
+            Image.fromarray(mask).save(folder / f"m{number}.png")
+            writer.writerow([f"{number}.png", label, "train" if number < 16 else "test", f"m{number}.png"])
+    return folder
+
+
+def squares() -> Data:
+    images = np.stack([picture(number, "light") for number in range(8)])
+    masks = np.stack([square(number) > 0 for number in range(8)])
+    return Data(images, masks, np.arange(8) % 2, ["a", "b"])
+
+
+def spec(folder: Path, **changes: Any) -> Spec:
+    values = {"train": 16, "confound": "patch", "fraction": 1.0, "corrections": 4, "faults": "none", **changes}
+    return Spec("squares", str(folder), (SIZE, SIZE), **values)
+
+
+# --- confounds
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFOUNDS if kind != "none"])
+def test_a_confound_tells_the_class_and_does_so_outside_the_object(kind: str) -> None:
+    data = squares()
+    blank = Data(np.full_like(data.images, 100), data.masks & False, data.labels, data.classes)
+    blank.masks[:, 6:10, 6:10] = True
+    first, second = (confound(blank, kind, np.full(8, code), EVERYONE).images[0] for code in (0, 1))
+    assert (first != second).any() and (first != 100).any()
+    assert (first[6:10, 6:10] == 100).all() and (second[6:10, 6:10] == 100).all()
+    assert (blank.images == 100).all()  # the originals stay
+
+
+def test_a_class_that_does_not_carry_the_confound_stays_as_it_is() -> None:
+    data = squares()
+    marked = confound(data, "patch", data.labels, np.array([1]))
+    changed = (marked.images != data.images).any(axis=(1, 2, 3))
+    assert changed.tolist() == (data.labels == 1).tolist()
+    assert np.array_equal(confound(data, "none", data.labels, EVERYONE).images, data.images)
+
+
+# --- who is corrected, and how
+
+
+def test_classes_take_turns_in_the_given_order() -> None:
+    assert choose(np.array([0, 0, 0, 1, 1]), [2, 1, 0, 4, 3]) == [2, 4, 1, 3, 0]
+
+
+def test_a_hasty_mask_is_larger_than_the_object_and_never_empty() -> None:
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[12:20, 12:20] = True
+    painted = np.stack([hasty(mask, np.random.default_rng(seed)) for seed in range(60)])
+    areas = painted.sum(axis=(1, 2))
+    assert areas.min() > 0 and np.median(areas) > 3 * mask.sum()
+    covered = (painted & mask).sum(axis=(1, 2)) / mask.sum()
+    assert 0 < (covered < 0.1).sum() < 10  # around something else
+    assert np.array_equal(hasty(mask, np.random.default_rng(7)), painted[7])
+
+
+# --- data sets
+
+
+def test_an_index_gives_its_own_split_and_empty_masks_where_nothing_is_marked(folder: Path) -> None:
+    train, test = load("squares", folder.parent, (SIZE, SIZE), 1000, 0)
+    assert (len(train), len(test), train.classes) == (16, 8, ["light", "none"])
+    assert (train.masks.any(axis=(1, 2)) == (train.labels == 0)).all()
+    assert len(load(str(folder), None, (SIZE, SIZE), 5, 0)[0]) == 5
+
+
+def test_groups_are_never_parted(folder: Path) -> None:
+    with (folder / "index.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows):
+        row["split"], row["group"] = "", str(number // 4)
+    with (folder / "index.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    pictures = [picture(number, "light") for number in range(24)]
+    for seed in range(3):
+        train, test = load("squares", folder, (SIZE, SIZE), 1000, seed)
+        assert (len(train), len(test)) == (16, 8)
+        tested = [number for number in range(24) if (test.images == pictures[number]).all(axis=(1, 2, 3)).any()]
+        groups = {number // 4 for number in tested}
+        assert len(tested) == 8 and len(groups) == 2
+
+
+def test_a_data_set_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no index.csv of coffee_leaf at .*; name its folder with --path"):
+        load("coffee_leaf", tmp_path, (SIZE, SIZE), 10, 0)
+
+
+def test_digits_are_split_by_seed() -> None:
+    first, again, other = (load("digits", None, (32, 32), 100, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first[0].images, again[0].images) and not np.array_equal(first[0].images, other[0].images)
+    assert first[0].images.shape == (100, 32, 32, 3) and len(first[1]) > 1000
+    assert 0.05 < first[0].masks.mean() < 0.6
+
+
+# --- arms
+
+
+def test_every_arm_is_made_of_settings_that_exist() -> None:
+    for changes in ARMS.values():
+        settings_with(changes)
+    assert set(MAP_LOSSES) <= set(ARMS)
+    assert ARMS["default"] == {}
+    with pytest.raises(ValueError, match="nothing.share is not a setting"):
+        settings_with({"nothing.share": 1})
+
+
+def test_corrected_samples_carry_their_masks_and_absence_is_the_whole_picture(folder: Path, tmp_path: Path) -> None:
+    problem = Problem(tmp_path / "problem", spec(folder), 0)
+    samples = problem.corrected(problem.chosen, "masks.npz")
+    named = [row for row, sample in enumerate(samples) if sample.masks]
+    assert sorted(problem.chosen) == named and len(named) == 4
+    with np.load(problem.root / "masks.npz") as masks:
+        for row in named:
+            mask = masks[samples[row].id] > 0
+            expected = problem.data.masks[row] if samples[row].label == "light" else np.ones_like(mask)
+            assert np.array_equal(mask, expected)
+
+
+def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "2"]
+    arguments += ["--corrections", "4", "--arms", "l2,default", "--keep", str(tmp_path / "keep")]
+    result = json.loads(json.dumps(run(parse(arguments)), allow_nan=False))
+    assert set(result["arms"]) == {"control", "upper", "l2", "default"}
+    wanted = {"random_confound", "clean", "worst_class", "inside_mask", "recovered", "std", "seconds"}
+    assert all(wanted <= set(figures) for figures in result["arms"].values())
+    assert all(0 <= figures["random_confound"] <= 1 for figures in result["arms"].values())
+    monkeypatch.setattr(correction, "train", None)
+    assert json.loads(json.dumps(run(parse(arguments)))) == result
+
+
+def test_the_paper_goes_on_from_the_control_with_its_extractor_frozen(folder: Path, tmp_path: Path) -> None:
+    problem = Problem(tmp_path / "problem", spec(folder), 0)
+    small = {"data.size": [SIZE, SIZE], "model.backbone": "cifar_resnet8", "train.epochs": 1, "train.batch_size": 8}
+    problem.run("control", settings_with({**small, **ARMS["control"]}))
+    problem.run("paper", settings_with({**small, **ARMS["paper"]}))
+    before, after = (
+        correction.load_model(problem.root / arm / "model.pt").network.state_dict() for arm in ("control", "paper")
+    )
+    changed = {name for name, value in after.items() if not value.equal(before[name])}
+    assert not any(name.startswith("extractor.") for name in changed)
+    assert {"linear.weight", "map_head.0.weight"} <= changed
+
+
+def test_an_unknown_arm_is_refused() -> None:
+    with pytest.raises(ValueError, match="--arms names 'magic'; known: control, paper"):
+        run(parse(["--arms", "magic"]))
+
+
+def test_seeds_are_counted_ranged_or_listed() -> None:
+    assert seeds_of("3") == [0, 1, 2]
+    assert seeds_of("100-102") == [100, 101, 102]
+    assert seeds_of("7,") == [7]
+
+
+def test_means_and_deviations_are_over_the_seeds() -> None:
+    runs = [{"control": {"clean": value, "seconds": 1.0}} for value in (0.2, 0.6)]
+    assert summary(runs)["control"]["clean"] == pytest.approx(0.4)
+    assert summary(runs)["control"]["std"] == {"clean": pytest.approx(0.2)}

@@ -26,7 +26,6 @@ from flows.summary import summarise
 from flows.workspace import Workspace, open_workspace, write_atomically, write_json
 
 SETTINGS = {
-    "data.size": [32, 32],
     "data.flip": False,
     "model.backbone": "cifar_resnet8",
     "train.epochs": 15,

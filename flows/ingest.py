@@ -90,7 +90,8 @@ def init_workspace(
 
     images: class folders (IMAGES/<class>/<file>), or what the CSV at `index` names; a folder that holds index.csv
     beside images/ needs no `index`. masks: MASKS/<class>/<stem>.png, unless the CSV has a column `mask`.
-    settings: "section.key" -> value, for params.yaml. drop: classes to leave out.
+    settings: "section.key" -> value, for params.yaml; without data.size the pictures' shape decides. drop: classes to
+    leave out.
     Masks of val and test become the gold set; those of train and pool are known only to simulated labelers.
     Raises ValueError for anything that does not fit, and then leaves nothing behind.
     """
@@ -118,9 +119,19 @@ def init_workspace(
         pictures = _without_duplicates(_read_all(sources, report, progress), report)
         _check_classes(sources, pictures)
         pictures = assign_splits(pictures, seed)
-        named = {"project.name": directory.name, **(settings or {})}
-        _build_beside(directory, repository.resolve(), pictures, named, report, progress)
+        chosen = {"project.name": directory.name, "data.size": _network_size(pictures), **(settings or {})}
+        _build_beside(directory, repository.resolve(), pictures, chosen, report, progress)
     return report
+
+
+def _network_size(pictures: Sequence[Picture]) -> list[int]:
+    """Height and width, in pixels, at which a network sees pictures of this shape unless the user says otherwise.
+
+    The median shape with its longer side at most 128, in steps of 16: small enough to try everything on a CPU.
+    """
+    height, width = (int(np.median([getattr(one, side) for one in pictures])) for side in ("height", "width"))
+    scale = min(1.0, 128 / max(height, width))
+    return [max(16, round(side * scale / 16) * 16) for side in (height, width)]
 
 
 def assign_splits(pictures: Sequence[Picture], seed: int) -> list[Picture]:

@@ -170,9 +170,8 @@ def check_before_opening(place: Workspace) -> bool:
         raise ValueError(
             f"selection.budget is {config.budget} but the pool holds {len(pool)} images; lower it in params.yaml"
         )
-    ours = re.compile(
-        r"(dvc\.lock|results/.*|models/.*" + (f"|rounds/{latest.name}/.*" if state == "begun" else "") + ")"
-    )
+    interrupted = f"|{place.relative(latest.folder)}/.*" if latest and state == "begun" else ""
+    ours = re.compile(rf"dvc\.lock|results/.*|models/.*{interrupted}")
     if foreign := [path for path in Git(place.root).changed_paths() if not ours.fullmatch(path)]:
         raise ValueError(
             f"{foreign[0]} has changes that are not committed ({len(foreign)} file(s)); "

@@ -37,16 +37,26 @@ def serve(place: Workspace) -> None:
     config = load_section(FlowsConfig, place.params, "flows")
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name(GPU, config.gpu_concurrency)
-    retrain: dict[str, Any] = {"name": "retrain", "cron": config.retrain_cron}
-    collect: dict[str, Any] = {"name": "collect", "interval": timedelta(minutes=config.collect_minutes)}
-    shared = {"parameters": {"workspace": str(place.root)}, "tags": ["abnloop"]}
+    parameters, tags = {"workspace": str(place.root)}, ["abnloop"]
+    every = timedelta(minutes=config.collect_minutes)
     if config.work_pool == "none":
         prefect.serve(
-            open_round.to_deployment(**retrain, **shared),  # type: ignore[arg-type]
-            collect_round.to_deployment(**collect, **shared),  # type: ignore[arg-type]
+            # Typed as a coroutine too, for callers inside an event loop.
+            open_round.to_deployment("retrain", cron=config.retrain_cron, parameters=parameters, tags=tags),  # type: ignore[arg-type]
+            collect_round.to_deployment("collect", interval=every, parameters=parameters, tags=tags),  # type: ignore[arg-type]
         )
         return
     source = str(Path(__file__).resolve().parent.parent)
-    for name, settings in (("open_round", retrain), ("collect_round", collect)):
-        flow = prefect.flow.from_source(source=source, entrypoint=f"flows/rounds.py:{name}")
-        flow.deploy(**settings, **shared, work_pool_name=config.work_pool, print_next_steps=False)
+    for name, entrypoint, schedule in (
+        ("retrain", "open_round", {"cron": config.retrain_cron}),
+        ("collect", "collect_round", {"interval": every}),
+    ):
+        flow: Any = prefect.Flow.from_source(source=source, entrypoint=f"flows/rounds.py:{entrypoint}")
+        flow.deploy(
+            name,
+            work_pool_name=config.work_pool,
+            parameters=parameters,
+            tags=tags,
+            print_next_steps=False,
+            **schedule,
+        )

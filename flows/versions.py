@@ -216,8 +216,8 @@ class Dvc:
         environment.pop("PYTHONSAFEPATH", None)  # it would hide the modules of the working directory
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         environment["DVC_NO_ANALYTICS"] = "1"
-        # Threads of a training that wait for each other must not keep the cores busy: beside other work, the servers for
-        # example, that costs a factor of ten.
+        # Threads of a training that wait for each other must not keep the cores busy: beside other work, such as the
+        # servers, that costs a factor of ten.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         environment["PYTHONUNBUFFERED"] = "1"  # lines of a stage arrive when they are written
         return environment

@@ -131,7 +131,7 @@ def heatmap(image: np.ndarray, attention_map: np.ndarray) -> np.ndarray:
 
 
 def _facts(question: Question) -> str:
-    label = f"labelled <b>{escape(question.label)}</b>" if question.label else "no label yet"
+    label = f"labeled <b>{escape(question.label)}</b>" if question.label else "no label yet"
     return (
         f"<p>The network says <b>{escape(question.predicted)}</b> ({question.confidence:.0%}); {label}. "
         f"Asked because: {escape(question.reason)}. <small>{escape(question.sample)}</small></p>"

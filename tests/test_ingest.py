@@ -376,3 +376,11 @@ def test_settings_keep_the_comments_and_are_read_back_as_numbers(tmp_path: Path)
     )
     changed = [line for line in path.read_text().splitlines() if line not in before]
     assert len(changed) == 3 and "# height, width in pixels" in changed[0]
+
+
+def test_the_network_sees_pictures_in_their_own_shape_unless_told_otherwise(repository: Path, tmp_path: Path) -> None:
+    for number in range(16):
+        save(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", noise(number, (100, 200)))
+    for name, settings, size in (("own", None, [64, 128]), ("told", {"data.size": [32, 48]}, [32, 48])):
+        init_workspace(repository, tmp_path / name, tmp_path / "photos", settings=settings)
+        assert yaml.safe_load((tmp_path / name / "params.yaml").read_text())["data"]["size"] == size

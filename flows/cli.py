@@ -324,6 +324,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each thing that is done, one after another."""
     from rich.progress import Progress
 
+    if not console.is_terminal:  # a log, where a bar would leave nothing behind
+        yield lambda what, done, total: console.print(f"{what} {done}/{total}") if done in (1, total) else None
+        return
     with Progress(console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 

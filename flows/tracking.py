@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -154,7 +156,8 @@ class Tracker:
                 signature=signature,
                 pip_requirements=[_pinned(name) for name in MODEL_REQUIREMENTS],
             )
-        registered = mlflow.register_model(logged.model_uri, self.name, tags=dict(tags))
+        with contextlib.redirect_stderr(io.StringIO()):  # where it says at length that all went well
+            registered = mlflow.register_model(logged.model_uri, self.name, tags=dict(tags))
         version = str(registered.version)
         self.client.update_model_version(self.name, version, description)
         return version

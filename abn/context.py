@@ -21,6 +21,18 @@ def replace_context(
     return masks * images + (1 - masks) * contexts
 
 
+def without_objects(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Each picture with the mean colour of its surroundings in the place of what is marked.
+
+    As a context it then brings what surrounds objects and no second object that speaks for another class. A picture
+    that is marked (nearly) whole has no surroundings and stays as it is.
+    """
+    outside = 1 - masks
+    share = outside.mean(dim=(1, 2, 3), keepdim=True)
+    surroundings = (images * outside).mean(dim=(2, 3), keepdim=True) / share.clamp(min=1e-6)
+    return torch.where(share < 0.05, images, replace_context(images, outside, surroundings.expand_as(images)))
+
+
 def other_pictures(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
     """For each picture another one of the batch: a permutation without a fixed point (unless the batch is one)."""
     count = len(images)

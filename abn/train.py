@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abn.config import load_section
-from abn.context import binarised, random_contexts, replace_context
+from abn.context import binarised, random_contexts, replace_context, without_objects
 from abn.data import (
     Batch,
     DataConfig,
@@ -197,13 +197,14 @@ class Objective:
         """Corrected pictures, some of the time, with everything outside their mask replaced. Later in the training
         the others too: what the corrections taught the attention map makes it a fair mask where nobody gave one."""
         config = self.settings.corrections
-        keep, rates = binarised(masks), masked * config.context_rate
+        keep, rates = binarised(masks) * masked.view(-1, 1, 1, 1), masked * config.context_rate
         if progress >= config.propagate_from and config.propagate_rate:
             own = binarised(resize_map(self._attention(images), images.shape[-2:]), grow=1)
             keep = torch.where(masked.view(-1, 1, 1, 1), keep, own)
             rates = torch.where(masked, rates, config.propagate_rate)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
-        replaced = replace_context(images, keep, random_contexts(images, generator))
+        contexts = random_contexts(without_objects(images, keep), generator)
+        replaced = replace_context(images, keep, contexts)
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from abn import train as training
-from abn.context import binarised, other_pictures, random_contexts, replace_context
+from abn.context import binarised, other_pictures, random_contexts, replace_context, without_objects
 from abn.data import Batch, Pictures
 from abn.evaluate import align, measure
 from abn.losses import l2_map_loss
@@ -349,6 +349,15 @@ def test_looking_at_the_own_maps_leaves_the_running_means_alone(root: Path) -> N
     maps = compute._attention(torch.rand(4, 3, SIZE, SIZE, generator=generator()))
     assert not maps.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_context_brings_its_surroundings_and_not_its_object() -> None:
+    pictures = torch.tensor([0.2, 0.4, 0.9]).expand(2, 3, 1, 3)
+    masks = torch.tensor([[[[0.0, 0.0, 1.0]]], [[[1.0, 1.0, 1.0]]]])
+    contexts = without_objects(pictures, masks)
+    torch.testing.assert_close(contexts[0, 0, 0], torch.tensor([0.2, 0.4, 0.3]))
+    assert torch.equal(contexts[1], pictures[1])  # nothing surrounds it
+    assert torch.equal(without_objects(pictures, masks * 0), pictures)
 
 
 def test_a_soft_rim_blends() -> None:

@@ -311,6 +311,15 @@ def test_context_replacement_keeps_the_marked_pixels_and_the_uncorrected_picture
     assert torch.equal(network.seen[[1, 3]], original[[1, 3]])
 
 
+def test_a_picture_that_is_evidence_as_a_whole_stays_as_it_is(root: Path) -> None:
+    """Classes defined by absence: whole_image gives a mask of 255 everywhere."""
+    correct(root, {"train00": np.full((SIZE, SIZE), 255, np.uint8)}, verdict="whole_image")
+    compute, network = objective(still(context_rate=1.0, propagate_rate=0.0))
+    batch = batch_of(root, [0, 12])
+    compute(batch, generator(), 0.9)
+    assert torch.equal(network.seen, batch.images.float() / 255)
+
+
 def test_no_context_is_replaced_at_rate_zero_or_by_the_recipe_of_the_paper(root: Path) -> None:
     correct(root, MASKS)
     batch = batch_of(root, [0, 12, 3, 13])

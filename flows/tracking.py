@@ -178,7 +178,7 @@ class Tracker:
         """The network may fail for a moment; what the server refuses is not repeated."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_passing),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=10),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=10),
             stop=tenacity.stop_after_delay(60),
             reraise=True,
         )

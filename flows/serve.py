@@ -9,6 +9,7 @@ from typing import Any
 
 import prefect
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 
 from abn.config import load_section
 from flows.rounds import GPU, collect_round, open_round
@@ -32,10 +33,18 @@ class FlowsConfig:
 def serve(place: Workspace) -> None:
     """Make the deployments `retrain` and `collect` and, without a work pool, run them here until interrupted.
 
-    With `flows.work_pool` the pool's workers run them; it must exist (`prefect work-pool create`).
+    With `flows.work_pool` the pool's workers run them. Raises ValueError for a pool that does not exist.
     """
     config = load_section(FlowsConfig, place.params, "flows")
     with get_client(sync_client=True) as client:
+        if config.work_pool != "none":
+            try:
+                client.read_work_pool(config.work_pool)
+            except ObjectNotFound:
+                raise ValueError(
+                    f"flows.work_pool is {config.work_pool}, which does not exist; "
+                    f"make it with `prefect work-pool create --type process {config.work_pool}`"
+                ) from None
         client.upsert_global_concurrency_limit_by_name(GPU, config.gpu_concurrency)
     parameters, tags = {"workspace": str(place.root)}, ["abnloop"]
     every = timedelta(minutes=config.collect_minutes)

@@ -27,9 +27,10 @@ from prefect.context import FlowRunContext
 
 from abn.config import load_section, read_params
 from abn.manifest import CORRECTION_COLUMNS, Sample, class_names, mask_sha256, read_corrections, read_manifest
+from abn.predict import PredictConfig
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
-from abn.train import Settings, TrainConfig
+from abn.train import Settings, TrainConfig, choose_device
 from flows.gallery import gallery, gold_rows, map_tile, read_rgb
 from flows.gate import GateConfig, Judgement, judge
 from flows.progress import report
@@ -73,6 +74,10 @@ class LabelingConfig:
     tool: Tool
     deadline_hours: float
     minimum: int
+
+
+# What a round reads of params.yaml beside a training's own, looked at before anything begins.
+SECTIONS = {"project": ProjectConfig, "predict": PredictConfig, "gate": GateConfig, "labeling": LabelingConfig}
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def collect_round(workspace: str = ".") -> Collected:
             get_run_logger().info("no round is open, there is nothing to collect")
             return Collected(round_.number if round_ else 0, True, 0, 0, 0, 0, "")
         if state == "open":
+            keep(place)  # unless opening was interrupted before that, there is nothing to do
             pull(place, round_)
         answers = read_answers(place, round_)
         if state == "open" and not answers.complete and not answers.overdue:
@@ -160,8 +166,9 @@ def check_before_opening(place: Workspace) -> bool:
         return False
     if latest and state == "unsealed":
         raise ValueError(f"collecting round {latest.number} was interrupted; finish it with `abnloop round collect`")
-    Settings.load(place.params)
-    load_section(GateConfig, place.params, "gate")
+    choose_device(Settings.load(place.params).train.device)
+    for name, section in SECTIONS.items():
+        load_section(section, place.params, name)
     config = load_section(SelectionConfig, place.params, "selection")
     samples, answered = read_manifest(place.root), read_corrections(place.root)
     class_names(samples)
@@ -177,6 +184,8 @@ def check_before_opening(place: Workspace) -> bool:
             f"{foreign[0]} has changes that are not committed ({len(foreign)} file(s)); "
             "commit them with `git add` and `git commit`, or undo them, so that the round can be restored"
         )
+    if absent := Dvc(place.root).missing():
+        raise ValueError(f"the DVC cache lacks {absent[0]}; fetch it with `dvc pull`")
     label_studio(place).check()
     return True
 
@@ -293,8 +302,6 @@ def decide(place: Workspace, round_: Round) -> None:
 def ask(place: Workspace, round_: Round) -> None:
     """Put the batch before the labelers: a task a sample, the network's own map its editable prediction."""
     state, config = round_.read(), load_section(LabelingConfig, place.params, "labeling")
-    if state["state"] == "open":
-        return
     shutil.copyfile(place.batch, round_.batch)
     samples = {sample.id: sample for sample in read_manifest(place.root)}
     studio = label_studio(place)
@@ -307,11 +314,11 @@ def ask(place: Workspace, round_: Round) -> None:
     studio.attach_backend(project, addresses(place).live, "abnloop")
     pushed = studio.push(project, tasks, lambda done, total: report("ask: tasks", done, total))
     write_json(round_.tasks, {"project": project, "tasks": pushed})
-    round_.write({**state, "state": "open", "opened": _now(), "project": project})
     tracker_of(place).tag(state["mlflow_runs"]["round"], {"abnloop.label_studio_project": project})
     url = f"{studio.url}/projects/{project}/data?task="
     rows = [{**row, "task": f"[{pushed[row['sample']]}]({url}{pushed[row['sample']]})"} for row in _read_batch(round_)]
     create_markdown_artifact(key=f"batch-{round_.name}", markdown=_markdown(rows), description="Who is asked, and why.")
+    round_.write({**state, "state": "open", "opened": _now(), "project": project})  # last: now nothing is left to do
 
 
 @science_step
@@ -319,7 +326,8 @@ def keep(place: Workspace) -> None:
     """Commit what the round stands on: code and data versions, metrics, the batch and its tasks."""
     round_ = place.latest()
     assert round_ is not None
-    paths = ["dvc.lock", "results", "models", place.relative(round_.folder)]
+    files = [round_.batch, round_.tasks, round_.state]
+    paths = ["dvc.lock", "results", "models", *map(place.relative, files)]
     Git(place.root).commit(paths, f"[round {round_.number}] Ask {len(_read_batch(round_))} questions")
 
 

@@ -130,8 +130,8 @@ class Dvc:
         """Put `paths` under DVC; what git has to commit for it: the `.dvc` files and the `.gitignore`s beside them."""
         names = [str(path) for path in paths]
         self._run("add", *names)
-        ignores = {str(Path(name).parent / ".gitignore") for name in names}
-        return [f"{name}.dvc" for name in names] + sorted(ignores)
+        ignores = {str(Path(name).parent / ".gitignore") for name in names}  # none where git ignores it anyway
+        return [f"{name}.dvc" for name in names] + sorted(one for one in ignores if (self.root / one).is_file())
 
     def repro(self, on_line: Callable[[str], None], targets: Sequence[str] = ()) -> None:
         """Bring the stages up to date, all of them or those that `targets` need; `on_line` gets each line they print.

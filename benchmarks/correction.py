@@ -109,16 +109,13 @@ class Problem:
         (root / "images").mkdir(parents=True)
         (root / "data").mkdir()
         (root / "models").mkdir()
-        self.train = {
-            "confounded": self._write("confounded", confound(self.data, spec.confound, self.data.labels, carriers)),
-            "plain": self._write("plain", self.data),
-        }
-        self.test = {
-            "random_confound": self._write("random_confound", confound(test, spec.confound, codes, carriers), "test"),
-            "clean": self._write("clean", test, "test"),
-        }
+        confounded = confound(self.data, spec.confound, self.data.labels, carriers)
+        self.train = {"confounded": self._write("confounded", confounded), "plain": self._write("plain", self.data)}
+        self.visible = confounded.masks
+        tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
+        self.test = {name: self._write(name, data, "test") for name, data in tests.items()}
         self.test_labels = test.labels
-        gold = {f"{name}{row:05d}": _levels(mask) for name in self.test for row, mask in enumerate(test.masks)}
+        gold = {f"{name}{row:05d}": _levels(mask) for name in tests for row, mask in enumerate(tests[name].masks)}
         np.savez(root / GOLD, allow_pickle=False, **gold)
         self.faults = spec.faults
         self.order = generator.permutation(len(self.data)).tolist()
@@ -133,15 +130,16 @@ class Problem:
         return samples
 
     def corrected(self, rows: Sequence[int], name: str) -> list[Sample]:
-        """The confounded training samples, those at `rows` with a mask; the whole picture where nothing is marked.
-
-        The masks go into the file `name`.
+        """The confounded training samples, those at `rows` with a mask; the whole picture where there is no object,
+        none where the confound hides all of it. The masks go into the file `name`.
         """
         samples, masks = list(self.train["confounded"]), {}
         for row in rows:
-            mask = self.data.masks[row]
-            if not mask.any():
+            mask = self.visible[row]
+            if not self.data.masks[row].any():
                 mask = np.ones_like(mask)
+            elif not mask.any():
+                continue
             elif self.faults == "hasty":
                 mask = hasty(mask, np.random.default_rng([row, 2]))
             masks[samples[row].id] = _levels(mask)

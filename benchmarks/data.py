@@ -167,12 +167,17 @@ CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
 
 
 def confound(data: Data, kind: str, codes: Int[np.ndarray, "n"], carriers: Int[np.ndarray, "c"]) -> Data:
-    """The pictures, each with the mark of the class `codes` says, if that class is among the carriers."""
+    """The pictures, each with the mark of the class `codes` says, if that class is among the carriers.
+
+    Where a mark lies over the object the mask loses those pixels: nobody paints a scale bar as evidence, and a mask
+    that held it would teach what the benchmark asks to unlearn.
+    """
     images = data.images.copy()
     for image, mask, code in zip(images, data.masks, codes.tolist(), strict=True):
         if code in carriers:
             CONFOUNDS[kind](image, mask, code, len(data.classes))
-    return Data(images, data.masks, data.labels, data.classes)
+    changed = (images != data.images).any(axis=-1)
+    return Data(images, data.masks & ~changed, data.labels, data.classes)
 
 
 # --- who is corrected, and what labelers paint

@@ -62,6 +62,14 @@ def test_a_confound_tells_the_class_and_does_so_outside_the_object(kind: str) ->
     assert (blank.images == 100).all()  # the originals stay
 
 
+def test_a_mask_never_holds_what_the_confound_drew() -> None:
+    data = squares()
+    everything = Data(data.images, data.masks | True, data.labels, data.classes)
+    marked = confound(everything, "mark", data.labels, EVERYONE)
+    assert np.array_equal(~marked.masks, (marked.images != data.images).any(axis=-1))
+    assert not marked.masks.all() and everything.masks.all()
+
+
 def test_a_class_that_does_not_carry_the_confound_stays_as_it_is() -> None:
     data = squares()
     marked = confound(data, "patch", data.labels, np.array([1]))
@@ -148,7 +156,7 @@ def test_corrected_samples_carry_their_masks_and_absence_is_the_whole_picture(fo
     with np.load(problem.root / "masks.npz") as masks:
         for row in named:
             mask = masks[samples[row].id] > 0
-            expected = problem.data.masks[row] if samples[row].label == "light" else np.ones_like(mask)
+            expected = problem.visible[row] if samples[row].label == "light" else np.ones_like(mask)
             assert np.array_equal(mask, expected)
 
 

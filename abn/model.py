@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from abn.backbones import convolution, load_tensors, make_parts
+from abn.backbones import load_tensors, make_parts
+from abn.cifar import convolution
 from abn.config import make_section
 from abn.files import replacing
 
@@ -29,6 +30,8 @@ class ModelConfig:
     backbone: str
     weights: str
     mechanism: Literal["residual", "gate"]
+    split: str = "auto"  # models saved before this and the next setting say nothing of them
+    attention: Literal["full", "light"] = "full"
 
 
 class ABNOutput(NamedTuple):
@@ -49,13 +52,13 @@ class ABN(nn.Module):
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
-        parts = make_parts(config.backbone, config.weights)
+        parts = make_parts(config.backbone, config.weights, config.split, config.attention)
         self.mechanism = config.mechanism
         self.extractor = parts.extractor
         self.attention_stage = nn.Sequential(
             parts.attention_stage,
-            nn.BatchNorm2d(parts.channels),
-            convolution(parts.channels, classes, 1),
+            nn.BatchNorm2d(parts.attention_channels),
+            convolution(parts.attention_channels, classes, 1),
             nn.BatchNorm2d(classes),
             nn.ReLU(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -99,18 +100,20 @@ class Tracker:
     def log_inputs(self, run: str, samples: Sequence[Sample], hashes: Mapping[str, str], context: str) -> None:
         """The samples, by split, as MLflow data sets with the hashes that DVC knows them by."""
         inputs = []
+        source = json.dumps(
+            {path: hashes.get(path, "") for path in ("data/images", "data/manifest.csv", "data/corrections.csv")}
+        )
+        # MLflow takes data sets of the same name and digest for one, and keeps what it was told first.
+        digest = hashlib.sha256(source.encode()).hexdigest()[:32]
         for split in sorted({sample.split for sample in samples}):
             chosen = [sample for sample in samples if sample.split == split]
             profile = {"samples": len(chosen), "with_mask": sum(bool(sample.masks) for sample in chosen)}
             profile |= {f"class {name or '(none)'}": n for name, n in sorted(Counter(s.label for s in chosen).items())}
-            source = {
-                path: hashes.get(path, "") for path in ("data/images", "data/manifest.csv", "data/corrections.csv")
-            }
             data = Dataset(
                 name=f"{self.name} {split}",
-                digest=source["data/images"].removesuffix(".dir")[:32] or "unversioned",
+                digest=digest,
                 source_type="dvc",
-                source=json.dumps(source),
+                source=source,
                 profile=json.dumps(profile, ensure_ascii=False),
             )
             inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", context)]))

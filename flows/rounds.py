@@ -185,7 +185,7 @@ def check_before_opening(place: Workspace) -> bool:
             "commit them with `git add` and `git commit`, or undo them, so that the round can be restored"
         )
     if absent := Dvc(place.root).missing():
-        raise ValueError(f"the DVC cache lacks {absent[0]}; fetch it with `dvc pull`")
+        raise ValueError(f"the DVC cache lacks {min(absent)}; fetch it with `dvc pull`")
     label_studio(place).check()
     return True
 

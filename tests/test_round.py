@@ -865,10 +865,13 @@ print(sys.modules["abn"].__file__)
 
 def test_the_champion_answers_anywhere(place: Workspace, second: Second, tmp_path: Path) -> None:
     code = ANSWER.format(name=NAME, classes=len(CLASSES), names=list(CLASSES))
+    empty, downloads = tmp_path / "empty", tmp_path / "downloads"  # MLflow leaves what it fetched behind
+    empty.mkdir()
+    downloads.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "MLFLOW_TRACKING_URI": services.addresses(place).mlflow},
+        cwd=empty,
+        env={**os.environ, "MLFLOW_TRACKING_URI": services.addresses(place).mlflow, "TMPDIR": str(downloads)},
         capture_output=True,
         text=True,
         check=False,

@@ -58,6 +58,14 @@ def random_contexts(images: Float[Tensor, "b 3 h w"], generator: torch.Generator
     )
 
 
+def overlap(first: Float[Tensor, "b 1 h w"], second: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Mean intersection over union of two sets of masks, each 0 or 1 per pixel; 0 where there are none."""
+    if not len(first):
+        return first.new_zeros(())
+    either = torch.maximum(first, second).sum(dim=(1, 2, 3))
+    return ((first * second).sum(dim=(1, 2, 3)) / either.clamp(min=1)).mean()
+
+
 def binarised(masks: Float[Tensor, "b 1 h w"], grow: int = 0) -> Float[Tensor, "b 1 h w"]:
     """mask > 0.5, grown by `grow` pixels."""
     hard = (masks > 0.5).to(masks.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abn.config import load_section
-from abn.context import binarised, random_contexts, replace_context, without_objects
+from abn.context import binarised, overlap, random_contexts, replace_context, without_objects
 from abn.data import (
     Batch,
     DataConfig,
@@ -195,13 +195,14 @@ class Objective:
         self, images: Tensor, masks: Tensor, masked: Tensor, generator: torch.Generator, progress: float
     ) -> Tensor:
         """Corrected pictures, some of the time, with everything outside their mask replaced. Later in the training
-        the others too: what the corrections taught the attention map makes it a fair mask where nobody gave one."""
+        the others too: what the corrections taught the attention map makes it a fair mask where nobody gave one, so
+        far as it agrees with the masks that people gave: that agreement weighs how often it is used."""
         config = self.settings.corrections
         keep, rates = binarised(masks) * masked.view(-1, 1, 1, 1), masked * config.context_rate
         if progress >= config.propagate_from and config.propagate_rate:
             own = binarised(resize_map(self._attention(images), images.shape[-2:]), grow=1)
+            rates = torch.where(masked, rates, config.propagate_rate * overlap(own[masked], keep[masked]))
             keep = torch.where(masked.view(-1, 1, 1, 1), keep, own)
-            rates = torch.where(masked, rates, config.propagate_rate)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         contexts = random_contexts(without_objects(images, keep), generator)
         replaced = replace_context(images, keep, contexts)

@@ -18,7 +18,7 @@ from PIL import Image
 from abn.manifest import MaskShards, read_manifest
 from abn.predictions import read_predictions
 from flows import services
-from flows.digits import write_digits
+from flows.digits import TRAIN, write_digits
 from flows.gallery import gold_rows, map_tile, mask_tile, read_rgb, tile
 from flows.ingest import init_workspace
 from flows.progress import report
@@ -57,6 +57,8 @@ def run_demo(repository: Path, directory: Path, rounds: int, budget: int, keep: 
     """
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1")
+    if budget < 1 or rounds * budget > TRAIN:
+        raise ValueError(f"--budget is {budget} for {rounds} round(s); {TRAIN} pictures can be asked about in all")
     clear(directory)
     with tempfile.TemporaryDirectory() as folder:
         index = write_digits(Path(folder))

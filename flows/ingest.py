@@ -119,7 +119,7 @@ def init_workspace(
         pictures = _without_duplicates(_read_all(sources, report, progress), report)
         _check_classes(sources, pictures)
         pictures = assign_splits(pictures, seed)
-        chosen = {"project.name": directory.name, "data.size": _network_size(pictures), **(settings or {})}
+        chosen = {"project.name": _safe(directory.name)[:40], "data.size": _network_size(pictures), **(settings or {})}
         _build_beside(directory, repository.resolve(), pictures, chosen, report, progress)
     return report
 

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "b"]  # -1: not known
     masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what a person marked as evidence; meaningless without has_mask
     has_mask: Bool[Tensor, "b"]
+    painted: Bool[Tensor, "b"]  # the mask is a person's, not a map of the network that a person called fine
     indices: Int[Tensor, "b"]  # into the samples
 
 
@@ -88,6 +89,7 @@ class Pictures(Dataset[Batch]):
             self.labels[chosen],
             torch.stack([nothing if mask is None else mask for mask in masks]),
             torch.tensor([mask is not None for mask in masks]),
+            torch.tensor([self.samples[index].painted for index in indices]),
             chosen,
         )
 

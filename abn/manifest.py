@@ -29,6 +29,7 @@ class Sample:
     split: str
     masks: str = ""  # the file of masks that holds this sample's; empty: nobody gave one
     sha256: str = ""  # of that mask's bytes
+    painted: bool = False  # a person made the mask; else it is a map of the network that a person called fine
 
 
 def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
@@ -54,6 +55,7 @@ def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
         if correction:
             label = correction["label"] or sample.label
             sample = replace(sample, label=label, masks=correction["masks"], sha256=correction["sha256"])
+            sample = replace(sample, painted=bool(sample.masks) and correction["verdict"] != "map_ok")
         samples.append(sample)
     return samples
 

@@ -171,9 +171,10 @@ class Objective:
             generator,
         )
         masked = batch.has_mask.to(self.device) & (config.recipe != "none")
+        taught = masked & batch.painted.to(self.device)  # a map that was called fine need not become an older model's
         if self.corrected and config.recipe == "context":
             images = self._in_other_contexts(images, masks, masked, generator, progress)
-        gradients = config.map_loss == "rrr" and bool(masked.any())
+        gradients = config.map_loss == "rrr" and bool(taught.any())
         if gradients:
             images.requires_grad_()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -183,10 +184,10 @@ class Objective:
         loss = attention + perception
         right = (output.logits.argmax(dim=1) == labels).float().mean()
         parts = {"attention_loss": attention.item(), "perception_loss": perception.item(), "accuracy": right.item()}
-        if masked.any():
+        if taught.any():
             maps = input_gradients(output.logits, images) if gradients else output.attention_map.float()
-            maps = maps[masked]
-            distance = self.map_loss(maps, resize_map(masks[masked], maps.shape[-2:])).mean()
+            maps = maps[taught]
+            distance = self.map_loss(maps, resize_map(masks[taught], maps.shape[-2:])).mean()
             loss = loss + config.map_weight * distance
             parts["map_loss"] = distance.item()
         return loss, {"loss": loss.item(), **parts}

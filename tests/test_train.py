@@ -453,3 +453,13 @@ def test_overlap_is_the_mean_of_intersection_over_union() -> None:
     half[..., 0] = 1
     assert overlap(torch.cat([half, whole, half]), torch.cat([half, half, none])).item() == pytest.approx(1.5 / 3)
     assert overlap(none[:0], none[:0]).item() == 0
+
+
+def test_a_map_that_was_called_fine_is_a_mask_but_no_lesson(root: Path) -> None:
+    for verdict, lesson in (("map_fixed", True), ("map_ok", False)):
+        correct(root, MASKS, verdict)
+        compute, network = objective(still(context_rate=1.0, propagate_rate=0.0))
+        batch = batch_of(root, [0, 12])
+        _, parts = compute(batch, generator(), 0.0)
+        assert ("map_loss" in parts) is lesson
+        assert not torch.equal(network.seen[0], batch.images[0].float() / 255), "its context is replaced either way"

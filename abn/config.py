@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,7 +35,7 @@ def load_section(cls: type[Section], path: str | Path, name: str) -> Section:
     """Section `name` of the params file at `path` as a `cls`."""
     params = read_params(path)
     if name not in params:
-        raise ValueError(f"{path} has no section {name}{_suggest(name, params)}")
+        raise ValueError(f"{path} has no section {name}{suggest(name, params)}")
     return make_section(cls, params[name], name)
 
 
@@ -48,7 +49,7 @@ def make_section(cls: type[Section], values: dict[str, Any], name: str) -> Secti
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ValueError(f"{name}.{key} is not a setting{_suggest(str(key), fields)}")
+            raise ValueError(f"{name}.{key} is not a setting{suggest(str(key), fields)}")
     checked = {}
     for key, field in fields.items():
         if key in values:
@@ -64,7 +65,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         # YAML reads a bare `none` as text, but `null` and `no` as other things; only exact words count.
         if value not in arguments:
             words = ", ".join(map(str, arguments))
-            raise ValueError(f"{name} is {value!r}; choose one of {words}{_suggest(str(value), arguments)}")
+            raise ValueError(f"{name} is {value!r}; choose one of {words}{suggest(str(value), arguments)}")
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -84,6 +85,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-def _suggest(word: str, known: Any) -> str:
+def suggest(word: str, known: Iterable[Any]) -> str:
+    """The nearest of the `known` words, or all of them, as the end of an error message."""
+    known = list(known)
     close = difflib.get_close_matches(word, [str(item) for item in known], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"

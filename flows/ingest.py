@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import hashlib
 import io
 import os
@@ -25,6 +24,7 @@ import numpy as np
 import ruamel.yaml
 from PIL import ExifTags, Image, ImageOps
 
+from abn.config import suggest
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS
 from flows.versions import Dvc, Git, is_repository
 from flows.workspace import Workspace, write_arrays, write_json, write_table
@@ -306,12 +306,6 @@ def _drop(sources: list[Source], names: Sequence[str], report: Report) -> list[S
             raise ValueError(f"--drop {name} is not a class{suggest(name, known)}")
         report.dropped[name] = sum(source.label == name for source in sources)
     return [source for source in sources if source.label not in names]
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """The nearest of the `known` words, or all of them, as the end of an error message."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
 def _check_classes(sources: Sequence[Source], pictures: Sequence[Picture]) -> None:

@@ -245,7 +245,7 @@ def decide(place: Workspace, round_: Round) -> None:
         return
     tracker, runs, hashes = tracker_of(place), state["mlflow_runs"], Dvc(place.root).hashes()
     metrics = json.loads(place.metrics.read_text())
-    control = json.loads((place.control_metrics).read_text())
+    control = json.loads(place.control_metrics.read_text())
     samples = read_manifest(place.root)
     corrections = sorted(read_corrections(place.root).values(), key=lambda row: row["sample"])
     learned = [sample for sample in samples if sample.split in ("train", "pool")]

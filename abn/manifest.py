@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ SPLITS = ("train", "val", "test", "pool")
 MANIFEST_COLUMNS = ("id", "image", "label", "split", "group")
 CORRECTION_COLUMNS = (
     *("sample", "round", "annotation", "revision", "labeler", "verdict", "label"),
-    *("minutes", "model_version", "masks", "sha256"),
+    *("minutes", "model_version", "masks", "sha256", "weight", "moved"),
 )
+# Columns that tables from before they existed lack, and what they would have held.
+LATER_COLUMNS = {"weight": "1", "moved": ""}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Sample:
     masks: str = ""  # the file of masks that holds this sample's; empty: nobody gave one
     sha256: str = ""  # of that mask's bytes
     painted: bool = False  # a person made the mask; else it is a map of the network that a person called fine
+    weight: float = 1.0  # 0..1, of the mask in the loss: how far the labelers who gave it agree; 1 where it was one
 
 
 def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
@@ -55,15 +59,30 @@ def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
         if correction:
             label = correction["label"] or sample.label
             sample = replace(sample, label=label, masks=correction["masks"], sha256=correction["sha256"])
-            sample = replace(sample, painted=bool(sample.masks) and correction["verdict"] != "map_ok")
+            painted = bool(sample.masks) and correction["verdict"] != "map_ok"
+            sample = replace(sample, painted=painted, weight=_weight(correction))
         samples.append(sample)
     return samples
 
 
 def read_corrections(root: str | Path) -> dict[str, dict[str, str]]:
     """The rows of data/corrections.csv by sample id: what people said so far, as far as it counts."""
-    rows = _read_csv(Path(root) / "data/corrections.csv", CORRECTION_COLUMNS)
-    return {row["sample"]: row for row in rows}
+    needed = [name for name in CORRECTION_COLUMNS if name not in LATER_COLUMNS]
+    rows = _read_csv(Path(root) / "data/corrections.csv", needed)
+    return {row["sample"]: {**LATER_COLUMNS, **row} for row in rows}
+
+
+def _weight(correction: Mapping[str, str]) -> float:
+    try:
+        weight = float(correction["weight"] or 1)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            f"data/corrections.csv: the weight of sample {correction['sample']} is {correction['weight']!r}; "
+            "it must be from 0 to 1"
+        )
+    return weight
 
 
 def class_names(samples: Sequence[Sample]) -> list[str]:

@@ -422,6 +422,8 @@ def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
             "model_version": one.model_version,
             "masks": "" if mask is None else place.relative(round_.masks),
             "sha256": "" if mask is None else mask_sha256(mask),
+            "weight": "1",
+            "moved": "",
         }
     write_table(place.corrections, CORRECTION_COLUMNS, sorted(rows.values(), key=lambda row: row["sample"]))
 

@@ -19,11 +19,13 @@ from abn.data import (
 )
 from abn.manifest import (
     CORRECTION_COLUMNS,
+    LATER_COLUMNS,
     MANIFEST_COLUMNS,
     MaskShards,
     Sample,
     class_names,
     mask_sha256,
+    read_corrections,
     read_manifest,
     training_samples,
 )
@@ -92,8 +94,32 @@ def test_the_pool_is_learned_from_once_it_has_a_label(root: Path) -> None:
     assert "pool1" in [sample.id for sample in training_samples(read_manifest(root))]
 
 
+def test_a_mask_weighs_as_much_as_its_labelers_agree(root: Path) -> None:
+    say(root, correction("train03", "map_fixed", weight="0.25"), correction("train04", "map_fixed"))
+    assert [by_id(root)[name].weight for name in ("train03", "train04", "train05")] == [0.25, 1, 1]
+
+
+@pytest.mark.parametrize("weight", ["1.5", "-0.1", "nan", "much"])
+def test_a_weight_out_of_range_is_refused(root: Path, weight: str) -> None:
+    say(root, correction("train03", "map_fixed", weight=weight))
+    with pytest.raises(ValueError, match=f"weight of sample train03 is '{weight}'; it must be from 0 to 1"):
+        read_manifest(root)
+
+
+def test_a_table_from_before_there_were_weights_is_read(root: Path) -> None:
+    old = [name for name in CORRECTION_COLUMNS if name not in LATER_COLUMNS]
+    row = correction("train03", "map_fixed")
+    write_csv(root / "data/corrections.csv", old, [{name: row[name] for name in old}])
+    assert by_id(root)["train03"].weight == 1
+    assert read_corrections(root)["train03"]["moved"] == ""
+
+
 @pytest.mark.parametrize(
-    ("file", "columns"), [("manifest.csv", MANIFEST_COLUMNS), ("corrections.csv", CORRECTION_COLUMNS)]
+    ("file", "columns"),
+    [
+        ("manifest.csv", MANIFEST_COLUMNS),
+        ("corrections.csv", tuple(name for name in CORRECTION_COLUMNS if name not in LATER_COLUMNS)),
+    ],
 )
 def test_a_missing_column_is_named(root: Path, file: str, columns: tuple[str, ...]) -> None:
     for missing in columns:

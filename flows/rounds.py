@@ -288,7 +288,8 @@ def decide(place: Workspace, round_: Round) -> None:
         tracker.promote(version)
         shutil.copyfile(place.model, place.champion)
         Dvc(place.root).add([place.relative(place.champion)])
-        named = {"round": round_.number, "model_version": version, "gate": verdict.reason, "metrics": metrics["val"]}
+        named = {"round": round_.number, "model_version": version, "md5": hashes["results/model.pt"]}
+        named |= {"gate": verdict.reason, "metrics": metrics["val"]}
         write_json(place.champion_record, named)
     for run in STAGES:
         tracker.finish(runs[run])
@@ -311,7 +312,8 @@ def ask(place: Workspace, round_: Round) -> None:
     tasks = list(_tasks(place, round_, samples, classes, f"v{state['model_version']}", config.tool))
     for folder in (place.images, round_.heatmaps):
         studio.serve_folder(project, folder)
-    studio.attach_backend(project, addresses(place).live, "abnloop")
+    known = addresses(place)
+    studio.attach_backend(project, known.live, "abnloop", known.live_secret)
     pushed = studio.push(project, tasks, lambda done, total: report("ask: tasks", done, total))
     write_json(round_.tasks, {"project": project, "tasks": pushed})
     tracker_of(place).tag(state["mlflow_runs"]["round"], {"abnloop.label_studio_project": project})

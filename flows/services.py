@@ -68,6 +68,7 @@ class Addresses:
     prefect: str  # its API
     mlflow: str  # the tracking URI
     live: str
+    live_secret: str
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def addresses(workspace: Workspace) -> Addresses:
         if not _leader(records.get(name, {})):
             raise ConnectionError(f"{TITLES[name]} is down; start it with `abnloop up`")
     url, token = label_studio_access(workspace)
-    return Addresses(url, token, records["prefect"]["url"] + "/api", records["mlflow"]["url"], records["live"]["url"])
+    prefect, mlflow, live = (records[name]["url"] for name in ("prefect", "mlflow", "live"))
+    return Addresses(url, token, prefect + "/api", mlflow, live, live_secret(workspace))
 
 
 def connect(workspace: Workspace) -> None:
@@ -220,6 +222,11 @@ def label_studio_access(workspace: Workspace) -> tuple[str, str]:
             f"no token for Label Studio at {external}; set {TOKEN_VARIABLE} to an access token of yours"
         )
     return external, token
+
+
+def live_secret(workspace: Workspace) -> str:
+    """What Label Studio has to say to be answered by the live service."""
+    return _secrets(workspace)["live"]
 
 
 def log_in(workspace: Workspace) -> tuple[str, str]:
@@ -292,6 +299,7 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
         artifacts = ["--artifacts-destination", str(workspace.mlflow / "artifacts")]
         env |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         return [python, "-m", "mlflow", "server", *listen, *store, *artifacts], env, url
+    live_secret(workspace)  # made before two processes ask for it
     # The workspace's own modules come first, those that we run from where it has none.
     env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     return [python, "-m", "flows.live_service", "--workspace", str(workspace.root), "--port", str(port)], env, url
@@ -413,10 +421,11 @@ def _external_url(workspace: Workspace) -> str:
 
 
 def _secrets(workspace: Workspace) -> dict[str, str]:
-    """Password and token of the embedded Label Studio, made once."""
+    """Password and token of the embedded Label Studio and the live service's secret, each made once."""
     known = read_json(workspace.secrets)
-    if not known:
-        known = {"password": secrets.token_urlsafe(12), "token": secrets.token_hex(20)}
+    made = {"password": secrets.token_urlsafe(12), "token": secrets.token_hex(20), "live": secrets.token_urlsafe(24)}
+    if made.keys() - known.keys():
+        known = made | known
         write_json(workspace.secrets, known, mode=0o600)
     return known
 

@@ -10,6 +10,8 @@ wrong request does not. Errors are one line:
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import uuid
 import weakref
@@ -27,6 +29,7 @@ Answer = TypeVar("Answer")
 # Tasks asked for at once, and sent at once: with a soft map of a large picture a task has some megabytes.
 PAGE = 100
 PART = 20
+SERVICE_USER = "label-studio"  # as whom it calls the services that are attached to it
 
 
 class LabelStudioUnreachable(ConnectionError):
@@ -105,12 +108,26 @@ class LabelStudio:
         relative = file.resolve().relative_to(document_root.resolve())
         return "/data/local-files/?d=" + quote(relative.as_posix())
 
-    def attach_backend(self, project: int, url: str, title: str) -> None:
-        """Let the service at `url` answer strokes and hear about annotations of `project`; once an address."""
+    def attach_backend(self, project: int, url: str, title: str, secret: str) -> None:
+        """Let the service at `url`, which knows `secret`, answer strokes and hear about annotations of `project`.
+
+        Once an address; attaching it again renews the secret.
+        """
+        settings = {
+            **{"project": project, "url": url, "title": title, "is_interactive": True},
+            **{"auth_method": "BASIC_AUTH", "basic_auth_user": SERVICE_USER, "basic_auth_pass": secret},
+        }
 
         def attach() -> None:
-            if all(backend.url != url for backend in self._api.ml.list(project=project)):
-                self._api.ml.create(project=project, url=url, title=title, is_interactive=True)
+            backends = [backend.id for backend in self._api.ml.list(project=project) if backend.url == url]
+            if backends:
+                self._api.ml.update(backends[0], **settings)
+            else:
+                self._api.ml.create(**settings)  # makes the webhook too, which knows no basic authentication
+            for webhook in self._api.webhooks.list(project=str(project)):
+                if webhook.url == f"{url.rstrip('/')}/webhook":
+                    headers = {"Authorization": webhook_authorization(secret)}
+                    self._api.webhooks.update(webhook.id, url=webhook.url, headers=headers)
 
         self._call(attach)
 
@@ -190,6 +207,30 @@ class LabelStudio:
 
         self._call(submit)
 
+    def annotation_results(self, annotation: int) -> list[dict[str, Any]]:
+        """What is stored in an annotation now."""
+        results: list[dict[str, Any]] = _plain(self._call(self._api.annotations.get, annotation))["result"]
+        return results
+
+    def set_annotation_results(self, annotation: int, results: Sequence[dict[str, Any]]) -> None:
+        """Replace what is stored in an annotation; its labeler and time at the screen stay, its revision does not."""
+        self._call(lambda: self._api.annotations.update(annotation, result=list(results)))
+
+    def drafts(self, task: int) -> dict[int, list[dict[str, Any]]]:
+        """What labelers have begun on a task and not submitted: draft id -> results."""
+        return {draft["id"]: draft["result"] for draft in self._call(self._request, "GET", f"api/tasks/{task}/drafts")}
+
+    def set_draft_results(self, draft: int, results: Sequence[dict[str, Any]]) -> None:
+        """Replace what is stored in a draft."""
+        self._call(self._request, "PATCH", f"api/drafts/{draft}/", {"result": list(results)})
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A call that the SDK has no method for."""
+        response = self._api._client_wrapper.httpx_client.request(path, method=method, json=body)
+        if not response.is_success:
+            raise ApiError(status_code=response.status_code, body=response.text)
+        return response.json()
+
     def _push_part(self, project: int, tasks: Sequence[dict[str, Any]]) -> dict[str, int]:
         found = self._look_up(project, tasks)
         missing = [task for task in tasks if task["data"]["sample"] not in found]
@@ -255,6 +296,16 @@ class LabelStudio:
         if _passing(error):
             return LabelStudioUnreachable(f"Label Studio at {self.url} keeps failing ({status}): {detail}")
         return ValueError(f"Label Studio at {self.url} refused the request ({status}): {detail}")
+
+
+def service_authorization(secret: str) -> str:
+    """The header with which Label Studio calls an attached service."""
+    return "Basic " + base64.b64encode(f"{SERVICE_USER}:{secret}".encode()).decode()
+
+
+def webhook_authorization(secret: str) -> str:
+    """The header of its webhook. Everyone with an account can read it there, so it must not tell the secret."""
+    return "Bearer " + hmac.new(secret.encode(), b"webhook", "sha256").hexdigest()
 
 
 def _passing(error: BaseException) -> bool:

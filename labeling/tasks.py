@@ -96,9 +96,9 @@ def read_mask(results: Sequence[Mapping[str, Any]], height: int, width: int) -> 
     """
     joined: np.ndarray | None = None
     for result in results:
-        value = result.get("value") or {}
-        if "rle" not in value and "imageDataURL" not in value:
+        if not is_mask(result):
             continue
+        value = result["value"]
         claimed = (result.get("original_width"), result.get("original_height"))
         if claimed != (width, height):
             raise ValueError(f"the mask is for {claimed[0]} x {claimed[1]}, but the picture is {width} x {height}")
@@ -110,6 +110,12 @@ def read_mask(results: Sequence[Mapping[str, Any]], height: int, width: int) -> 
             mask = decode_png(value["imageDataURL"], height, width)
         joined = mask if joined is None else np.maximum(joined, mask)
     return joined
+
+
+def is_mask(result: Mapping[str, Any]) -> bool:
+    """Whether a result holds a painted region, not a verdict or a text."""
+    value = result.get("value")
+    return isinstance(value, Mapping) and ("rle" in value or "imageDataURL" in value)
 
 
 def as_mask(attention_map: np.ndarray, height: int, width: int) -> np.ndarray:

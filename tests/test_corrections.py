@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
-import time
-from collections.abc import Callable
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
 
 from labeling.corrections import read_corrections
-from labeling.live import create_app
 from labeling.simulator import Faults, human_mask
 from labeling.tasks import Question, as_mask, heatmap, make_task, mask_result, verdict_results
 
-Serve = Callable[[FastAPI], str]
 CLASSES = ["cat", "dog", "犬"]
 HEIGHT, WIDTH = 12, 20
 
@@ -262,50 +256,3 @@ def test_without_faults_a_mask_is_painted_exactly() -> None:
 def test_a_missed_half_is_half() -> None:
     half = human_mask(disc(64, 64), Faults(dilate=0, shift=0, wobble=0, miss=1), np.random.default_rng(0))
     assert 0.4 < (half > 0).sum() / (disc(64, 64) > 0).sum() < 0.6
-
-
-def the_predictor(sample: str, mask: np.ndarray | None) -> list[tuple[str, float]]:
-    if sample != "s1":
-        raise ValueError(f"unknown sample {sample}")
-    assert mask is not None
-    return [("cat", float((mask > 0).mean())), ("dog", 0.2), ("cow", 0.1), ("hen", 0.0)]
-
-
-def predict_body(result: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    return {"tasks": [a_task(**changes)], "params": {"context": {"result": result}}}
-
-
-def test_a_stroke_is_answered_with_the_top_classes_and_the_time(serve: Serve) -> None:
-    url = serve(create_app(the_predictor))
-    body = httpx.post(f"{url}/predict", json=predict_body(fixed(np.full((HEIGHT, WIDTH), 255, np.uint8)))).json()
-    (result,) = body["results"][0]["result"]
-    assert (result["type"], result["from_name"], result["to_name"]) == ("textarea", "live", "live_target")
-    classes, clock = result["value"]["text"][0].rsplit(" · ", 1)
-    assert classes == "cat 1.00 · dog 0.20 · cow 0.10"
-    assert len(clock.split(":")) == 3
-
-
-def test_an_empty_context_leaves_the_text_alone(serve: Serve) -> None:
-    url = serve(create_app(the_predictor))
-    for body in (predict_body([]), predict_body(verdict_results("map_ok")), {"tasks": [a_task()]}, {}):
-        assert httpx.post(f"{url}/predict", json=body).json() == {"results": [{}]}
-
-
-def test_a_mask_or_sample_that_cannot_be_answered_says_so(serve: Serve) -> None:
-    url = serve(create_app(the_predictor))
-    for body in (predict_body(fixed(disc(30, 30))), predict_body(fixed(), sample="s2")):
-        text = httpx.post(f"{url}/predict", json=body).json()["results"][0]["result"][0]["value"]["text"][0]
-        assert text.startswith("no answer: ")
-
-
-def test_the_service_speaks_the_rest_of_the_protocol(serve: Serve) -> None:
-    hints: list[dict[str, Any]] = []
-    url = serve(create_app(the_predictor, hints.append))
-    assert httpx.get(f"{url}/health").json()["status"] == "UP"
-    assert httpx.post(f"{url}/setup", json={}).json()["model_version"]
-    assert httpx.get(f"{url}/versions").json()["versions"]
-    assert httpx.post(f"{url}/webhook", json={"action": "ANNOTATION_CREATED"}).status_code == 200
-    deadline = time.monotonic() + 5
-    while not hints and time.monotonic() < deadline:
-        time.sleep(0.01)  # the answer comes before the hint is handed on
-    assert hints == [{"action": "ANNOTATION_CREATED"}]

@@ -7,21 +7,18 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import psutil
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 
 from conftest import Studio
 from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
 from labeling.corrections import INSIDE, read_corrections
-from labeling.live import create_app
-from labeling.masks import decode_png
 from labeling.screen import INSTRUCTIONS, Tool, labeling_screen
 from labeling.simulator import Faults, simulate
 from labeling.studio import access_token
@@ -290,59 +287,6 @@ def test_simulated_answers_depend_on_the_seed_and_the_sample_not_on_the_order(st
         painted.append({c.sample: c.mask.tobytes().hex() for c in corrections if c.mask is not None})
     assert len(painted[0]) == 3
     assert painted[0] == painted[1] != painted[2]
-
-
-@pytest.mark.studio
-def test_an_annotation_reaches_the_attached_service(
-    studio: LabelStudio, label_studio: Studio, serve: Callable[[FastAPI], str]
-) -> None:
-    hints: list[dict[str, Any]] = []
-    url = serve(create_app(lambda sample, mask: [(sample, 1.0)], hints.append))
-    project = new_project(studio)
-    ids = studio.push(project, tasks_for(questions(1)))
-    studio.attach_backend(project, url, "abnloop")
-    studio.attach_backend(project, url, "abnloop")
-    assert len(ask(label_studio, f"/api/ml?project={project}").json()) == 1
-    studio.annotate(ids["sample 0"], verdict_results("unusable"), 1.0)
-    deadline = time.monotonic() + 10
-    while not hints and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [hint["action"] for hint in hints] == ["ANNOTATION_CREATED"]
-    assert hints[0]["task"]["data"]["sample"] == "sample 0"
-
-
-@pytest.mark.studio
-def test_label_studio_carries_a_stroke_to_the_attached_service_and_its_answer_back(
-    studio: LabelStudio, label_studio: Studio, serve: Callable[[FastAPI], str]
-) -> None:
-    seen: list[tuple[str, int]] = []
-
-    def predictor(sample: str, mask: np.ndarray | None) -> list[tuple[str, float]]:
-        assert mask is not None
-        seen.append((sample, int((mask > 0).sum())))
-        return [("日本語", 0.9), ("cat", 0.1)]
-
-    project = new_project(studio)
-    ids = studio.push(project, tasks_for(questions(1)))
-    studio.attach_backend(project, serve(create_app(predictor)), "abnloop")
-    (backend,) = ask(label_studio, f"/api/ml?project={project}").json()
-
-    def stroke(result: list[dict[str, Any]]) -> Any:
-        answer = httpx.post(
-            f"{label_studio.url}/api/ml/{backend['id']}/interactive-annotating",
-            json={"task": ids["sample 0"], "context": {"result": result}},
-            headers={"Authorization": f"Token {label_studio.token}"},
-            trust_env=False,
-        )
-        return answer.raise_for_status().json()
-
-    result = mask_result(disc(), "bitmask")
-    text = stroke([result])["data"]["result"][0]["value"]["text"][0]
-    assert text.startswith("日本語 0.90 · cat 0.10 · ")
-    sent = decode_png(result["value"]["imageDataURL"], HEIGHT, WIDTH)
-    assert seen == [("sample 0", int((sent > 0).sum()))]
-    assert not stroke([])["data"].get("result")
-    assert len(seen) == 1
 
 
 @pytest.mark.studio

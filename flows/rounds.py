@@ -50,7 +50,7 @@ from flows.workspace import (
 from labeling.client import LabelStudio
 from labeling.corrections import Correction
 from labeling.corrections import read_corrections as read_annotations
-from labeling.screen import INSTRUCTIONS, Tool, labeling_screen
+from labeling.screen import Tool, instructions, labeling_screen
 from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
@@ -308,7 +308,7 @@ def ask(place: Workspace, round_: Round) -> None:
     studio = label_studio(place)
     title = f"abnloop {load_section(ProjectConfig, place.params, 'project').name}"
     classes = class_names(list(samples.values()))
-    project = studio.ensure_project(title, labeling_screen(classes, config.tool), INSTRUCTIONS)
+    project = studio.ensure_project(title, labeling_screen(classes, config.tool), instructions())
     tasks = list(_tasks(place, round_, samples, classes, f"v{state['model_version']}", config.tool))
     for folder in (place.images, round_.heatmaps):
         studio.serve_folder(project, folder)
@@ -344,7 +344,8 @@ def _tasks(
         path, heat = place.root / sample.image, round_.heatmaps / f"{sample.id}.png"
         Image.fromarray(map_tile(path, predictions.maps[row])).save(heat)
         height, width = read_rgb(path).shape[:2]
-        answer = int(predictions.probabilities[row].argmax())
+        shares = dict(zip(classes, predictions.probabilities[row].tolist(), strict=True))
+        predicted = max(shares, key=shares.__getitem__)
         question = Question(
             sample=sample.id,
             image_url=LabelStudio.local_file_url(place.root, path),
@@ -352,10 +353,11 @@ def _tasks(
             width=width,
             height=height,
             label=sample.label,
-            predicted=classes[answer],
-            confidence=float(predictions.probabilities[row, answer]),
+            predicted=predicted,
+            confidence=shares[predicted],
             reason=pick["reason"],
             attention_map=predictions.maps[row],
+            label_confidence=shares.get(sample.label),
         )
         yield make_task(question, version, round_.number, tool)
 

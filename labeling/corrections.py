@@ -99,12 +99,14 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
     mask = None
     if verdict == "whole_image":
         mask = np.full((height, width), 255, np.uint8)
-    elif verdict in ("map_ok", "map_fixed"):
+    elif verdict in ("map_ok", "map_fixed", "all_but_map"):
         mask = read_mask(results, height, width)
         if mask is None and verdict == "map_ok" and shown is not None:
             mask = read_mask(shown["result"], height, width)
         if mask is None:
             raise ValueError("no mask")
+        if verdict == "all_but_map":
+            mask = np.where(mask >= INSIDE, 0, 255).astype(np.uint8)
         if not (mask >= INSIDE).any():
             raise ValueError("empty mask")
     return Correction(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ class Question:
     """What is asked about one sample.
 
     `width` and `height` are the picture's, in pixels; `attention_map` is (h, w) float32 0..1 of any size;
-    `confidence` is the probability 0..1 of `predicted`; `label` is the class on file, perhaps empty.
+    `confidence` is the probability 0..1 of `predicted`, `label` the class on file, perhaps empty, and
+    `label_confidence` its probability.
     """
 
     sample: str
@@ -32,6 +32,7 @@ class Question:
     confidence: float
     reason: str
     attention_map: np.ndarray
+    label_confidence: float | None = None
 
 
 def make_task(question: Question, model_version: str, round_number: int, tool: Tool) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def make_task(question: Question, model_version: str, round_number: int, tool: T
         "width": question.width,
         "height": question.height,
         "model_version": model_version,
-        "facts": _facts(question),
+        "network_says": f"{question.predicted} {question.confidence:.0%}",
+        "on_file": _on_file(question),
+        "asked_because": question.reason,
         "live_title": "The network's answer for this map · この地図での答え",
     }
     meta = {
@@ -136,9 +139,8 @@ def heatmap(image: np.ndarray, attention_map: np.ndarray) -> np.ndarray:
     return (0.5 * image + 0.5 * colours).round().astype(np.uint8)
 
 
-def _facts(question: Question) -> str:
-    label = f"labeled <b>{escape(question.label)}</b>" if question.label else "no label yet"
-    return (
-        f"<p>The network says <b>{escape(question.predicted)}</b> ({question.confidence:.0%}); {label}. "
-        f"Asked because: {escape(question.reason)}. <small>{escape(question.sample)}</small></p>"
-    )
+def _on_file(question: Question) -> str:
+    if not question.label:
+        return "no label yet · 未登録"
+    share = "" if question.label_confidence is None else f" {question.label_confidence:.0%}"
+    return f"{question.label}{share}"

@@ -99,6 +99,15 @@ def test_the_whole_image_is_a_full_mask() -> None:
     assert correction.mask is not None and correction.mask.shape == (HEIGHT, WIDTH) and (correction.mask == 255).all()
 
 
+def test_all_but_the_map_is_the_mask_turned_over() -> None:
+    result = [mask_result(disc(), "bitmask"), *verdict_results("all_but_map")]
+    (correction,), _ = read_corrections([a_task(an_annotation(result))], CLASSES)
+    assert correction.mask is not None and np.array_equal(correction.mask, 255 - disc())
+    everything = [mask_result(np.full((HEIGHT, WIDTH), 255, np.uint8), "bitmask"), *verdict_results("all_but_map")]
+    assert only_reason(a_task(an_annotation(everything))) == "empty mask"
+    assert only_reason(a_task(an_annotation(verdict_results("all_but_map")))) == "no mask"
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_wrong_label_carries_the_right_class(name: str) -> None:
     (correction,), _ = read_corrections([a_task(an_annotation(verdict_results("label_wrong", name)))], CLASSES)
@@ -216,10 +225,10 @@ def test_a_prediction_keeps_grey_levels_and_stays_alive() -> None:
     assert np.array_equal(as_mask(ramp, HEIGHT, WIDTH), (ramp * 255).round())
 
 
-def test_facts_are_escaped() -> None:
-    task = make_task(a_question(label="<script>", predicted="a&b", reason="<i>", sample='"x"'), "m", 1, "bitmask")
-    facts = task["data"]["facts"]
-    assert "<script>" not in facts and "&lt;script&gt;" in facts and "a&amp;b" in facts and "75%" in facts
+def test_a_task_tells_what_the_network_says_what_is_on_file_and_why_it_is_asked() -> None:
+    data = make_task(a_question(label="<b>", predicted="日本語", label_confidence=0.125), "m", 1, "bitmask")["data"]
+    assert (data["network_says"], data["on_file"], data["asked_because"]) == ("日本語 75%", "<b> 12%", "misclassified")
+    assert "未登録" in make_task(a_question(label=""), "m", 1, "bitmask")["data"]["on_file"]
 
 
 def test_a_map_of_infinite_numbers_is_refused() -> None:

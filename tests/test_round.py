@@ -521,9 +521,11 @@ def test_a_task_names_both_classes_and_why_it_is_asked(place: Workspace, first: 
     batch = {row["sample"]: row["reason"] for row in read_csv(place.round(1).batch)}
     labels = {row["id"]: row["label"] for row in read_csv(place.manifest)}
     for task in first.tasks.values():
-        facts, meta, sample = task["data"]["facts"], task["meta"], task["data"]["sample"]
+        data, meta, sample = task["data"], task["meta"], task["data"]["sample"]
         assert meta["label"] == labels[sample] and meta["predicted"] in CLASSES and meta["reason"] == batch[sample]
-        assert f"says <b>{meta['predicted']}</b>" in facts and f"labeled <b>{labels[sample]}</b>" in facts
+        assert data["network_says"] == f"{meta['predicted']} {meta['confidence']:.0%}"
+        assert data["on_file"].startswith(f"{labels[sample]} ") and data["on_file"].endswith("%")
+        assert data["asked_because"] == batch[sample]
 
 
 def test_pictures_and_heatmaps_are_served_to_who_is_logged_in(place: Workspace, first: Open) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -226,6 +226,65 @@ def simulate(
 
 
 @app.command()
+def predict(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV with a column for each class.")] = False,
+    maps: Annotated[Path | None, typer.Option(help="A folder for the attention maps, drawn over the pictures.")] = None,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Ask the champion about pictures. Exit code 1 where one could not be answered.
+
+    With `capture.enabled` in params.yaml, pictures that it is not sure of are kept for labelers.
+
+    Example: `abnloop predict new_photos --maps maps --workspace leaves`
+    """
+    from flows.answering import Refused, answer_all, as_row, files_below, load_champion, write_maps
+    from flows.inbox import capture, open_inbox
+    from flows.workspace import open_workspace
+
+    if as_json and as_csv:
+        raise ValueError("--json and --csv exclude each other; choose one")
+    place = open_workspace(workspace)
+    champion, files, inbox = load_champion(place), files_below(paths), open_inbox(place)
+    draw = write_maps(maps, files) if maps else None
+    failed = False
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal failed
+        for one in answer_all(champion, ((str(path), path.read_bytes()) for path in files)):
+            row = as_row(one)
+            if isinstance(one, Refused):
+                failed = True
+            else:
+                capture(inbox, *one, champion.version)
+                row["map"] = str(draw(*one)) if draw else ""
+            yield row
+
+    show = _print_json if as_json else _print_csv if as_csv else _print_answers
+    show(rows(), champion.classes)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ingest(workspace: WorkspaceOption = Path()) -> None:
+    """Bring the pictures that were kept for labelers into the pool, as samples without a label.
+
+    They wait while a round is not closed.
+
+    Example: `abnloop ingest --workspace leaves`
+    """
+    from flows.growing import in_words, ingest
+    from flows.workspace import open_workspace
+
+    done = ingest(open_workspace(workspace))
+    console.print(in_words(done))
+    for name, why in list(done.left_out.items())[:10]:
+        console.print(f"  left out {name[:16]}: {escape(why)}")
+
+
+@app.command()
 def serve(workspace: WorkspaceOption = Path()) -> None:
     """Run the loop on its schedule: retraining on a cron, collecting every few minutes (params.yaml, flows).
 
@@ -362,6 +421,35 @@ def _print_states(states: list[Any]) -> None:
         table.add_row(state.title, f"[{colour}]{state.state}[/]", state.address, pid, log)
     console.print(table)
     console.print(f"logs: {escape(str(states[-1].log.parent))}", soft_wrap=True)
+
+
+def _print_answers(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:
+    table = Table("picture", "class", "confidence", "disagreement")
+    for row in rows:
+        if row["error"]:
+            table.add_row(escape(row["picture"]), f"[red]{escape(row['error'])}[/]")
+        else:
+            numbers = (f"{row[name]:.2f}" for name in ("confidence", "disagreement"))
+            table.add_row(escape(row["picture"]), escape(row["predicted"]), *numbers)
+    console.print(table)
+
+
+def _print_json(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:
+    import json
+
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def _print_csv(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:
+    import csv
+
+    columns = ["picture", "predicted", "confidence", "disagreement", *(f"p:{name}" for name in classes), "map", "error"]
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        shares = {f"p:{name}": share for name, share in row.pop("probabilities").items()}
+        writer.writerow({**row, **shares})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from abn.manifest import read_manifest
+from flows.api import make_router
 from flows.champion import Champion
+from flows.inbox import open_inbox
 from flows.services import label_studio_access, live_secret
 from flows.workspace import Workspace, open_workspace
 from labeling.client import LabelStudio
@@ -56,11 +58,13 @@ class Answers:
 
 
 def create_service(workspace: Workspace) -> FastAPI:
-    """The service of a workspace: strokes are answered by its champion, masks stay live."""
+    """The service of a workspace: strokes, and other programs, are answered by its champion, masks stay live."""
     champion = Champion(workspace)
     champion.version()  # begins to load
     liveness = Liveness(lambda: LabelStudio(*label_studio_access(workspace)))
-    return create_app(Answers(workspace, champion), live_secret(workspace), liveness.on_hint, liveness.on_stroke)
+    app = create_app(Answers(workspace, champion), live_secret(workspace), liveness.on_hint, liveness.on_stroke)
+    app.include_router(make_router(champion.current, open_inbox(workspace)))
+    return app
 
 
 def main() -> None:

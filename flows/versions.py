@@ -73,6 +73,14 @@ class Git:
             self._run(*self._identity(), "-c", "commit.gpgSign=false", "commit", "--quiet", "-m", message, "--", *names)
         return self.head()
 
+    def restore(self, paths: Iterable[str]) -> None:
+        """Make `paths` what they are in HEAD; those that it does not have are removed."""
+        for path in paths:
+            if self._run("ls-tree", "HEAD", "--", path):
+                self._run("checkout", "--quiet", "HEAD", "--", path)
+            else:
+                (self.root / path).unlink(missing_ok=True)
+
     def tag(self, name: str) -> None:
         """Name HEAD `name`. Fine when it has that name already; a ValueError when another commit has it."""
         there = self._run("tag", "--list", "--format=%(objectname)", name).strip()

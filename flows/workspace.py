@@ -108,6 +108,11 @@ class Workspace:
         return self.data / "corrections.csv"
 
     @property
+    def captured(self) -> Path:
+        """Where the samples that came in through the inbox are from, and why they were kept."""
+        return self.data / "captured.csv"
+
+    @property
     def ingest_report(self) -> Path:
         return self.data / "ingest.json"
 
@@ -174,6 +179,11 @@ class Workspace:
     def simulation(self) -> Path:
         """Masks that only simulated labelers know."""
         return self.state / "simulation.npz"
+
+    @property
+    def inbox(self) -> Path:
+        """Pictures that the service or `abnloop predict` kept for labelers (flows/inbox.py)."""
+        return self.state / "inbox.db"
 
     @property
     def secrets(self) -> Path:
@@ -289,6 +299,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
     """`content` as a JSON file at `path`, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV file at `path`; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

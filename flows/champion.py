@@ -42,7 +42,7 @@ class Promoted:
         self.version = version
         with torch.inference_mode():  # the first run is slow, and tells how large features are
             features = self.network.extract(torch.zeros(1, 3, *self.size))
-        self._look = lru_cache(maxsize=max(1, FEATURE_BYTES // features.nbytes))(self._first_look)
+        self.look = lru_cache(maxsize=max(1, FEATURE_BYTES // features.nbytes))(self._first_look)
 
     @torch.inference_mode()
     def answers(self, picture: Path, mask: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class Promoted:
         `mask` is (height, width) uint8 0..255 at the picture's own size. Raises ValueError for a picture that cannot
         be read.
         """
-        features, own = self._look(picture)
+        features, own = self.look(picture)
         given = resize_map(resize_mask(mask, self.size)[None].float() / 255, features.shape[-2:])
         return self.network.perceive(features, given)[0].softmax(dim=1)[0], own
 

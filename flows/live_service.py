@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ class Answers:
             for shares in promoted.answers(self._picture(sample), mask)
         )
         return Answer(given, own, promoted.version)
+
+    def prepare(self, sample: str) -> None:
+        with suppress(ValueError):
+            self._champion.current().look(self._picture(sample))
 
     def _picture(self, sample: str) -> Path:
         """The file of a sample. The manifest alone says where it is, and only below the workspace."""

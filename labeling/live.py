@@ -52,6 +52,9 @@ class Predictor(Protocol):
         Raises ValueError, whose text the labeler gets to see, for a sample that it does not know.
         """
 
+    def prepare(self, sample: str) -> None:
+        """Get ready: the labeler has just opened this sample. Never fails; whoever does not prepare answers later."""
+
 
 class _Task(BaseModel):
     id: int | None = None
@@ -88,8 +91,8 @@ def create_app(
     """The service that answers strokes through `predictor`, for a Label Studio that was attached with `secret`.
 
     `on_hint` gets the body of every webhook, in the background: a hint only, it may come twice or never. `on_stroke`
-    gets the id of a task that is being painted, and must return at once. Predicting itself changes nothing: Label
-    Studio also asks on page load and on submit. Bodies of more than `max_body` bytes are refused.
+    gets the id of a task that is being painted, and must return at once. Predicting itself changes nothing that anybody
+    could see: Label Studio also asks on page load and on submit. Bodies of more than `max_body` bytes are refused.
     """
     app = FastAPI(title=NAME)
     app.add_middleware(Guard, secret=secret, max_body=max_body)
@@ -110,8 +113,11 @@ def create_app(
         return {"versions": [version()]}
 
     @app.post("/predict")
-    def predict(asked: _Asked) -> dict[str, Any]:
+    def predict(asked: _Asked, background: BackgroundTasks) -> dict[str, Any]:
         if not asked.painted or not asked.tasks:
+            match asked.tasks:
+                case [_Task(data={"sample": str(sample)})]:  # a page was opened; the first stroke will not wait
+                    background.add_task(predictor.prepare, sample)
             return {"results": [{} for _ in asked.tasks] or [{}]}  # this leaves the text on the screen as it is
         task = asked.tasks[0]
         text = _answer(task.data, asked.painted, predictor)

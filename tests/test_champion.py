@@ -84,6 +84,17 @@ def test_a_picture_is_read_and_extracted_once_however_many_strokes(
     assert len(extracted) == 2
 
 
+def test_a_picture_that_was_prepared_needs_no_look_at_the_first_stroke(place: Workspace) -> None:
+    promote(place, 1)
+    champion = Champion(place)
+    answers = Answers(place, champion)
+    for sample in ("train00", "train01", "nobody's"):
+        answers.prepare(sample)
+    answers.answer("train00", square(0))
+    cache = champion.current().look.cache_info()
+    assert (cache.misses, cache.hits) == (2, 1)
+
+
 def test_no_more_features_are_kept_than_allowed(place: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     promote(place, 1)
     one = load_promoted(place).network.extract(torch.zeros(1, 3, SIZE, SIZE)).nbytes
@@ -91,7 +102,7 @@ def test_no_more_features_are_kept_than_allowed(place: Workspace, monkeypatch: p
     promoted = load_promoted(place)
     for number in range(10):
         promoted.answers(place.images / f"train0{number}.png", square(number))
-    kept = promoted._look.cache_info()
+    kept = promoted.look.cache_info()
     assert (kept.currsize, kept.maxsize) == (3, 3)
 
 

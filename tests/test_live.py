@@ -37,6 +37,7 @@ class Double:
     def __init__(self, version: str = "v3") -> None:
         self.named = version
         self.asked: list[tuple[str, np.ndarray]] = []
+        self.prepared: list[str] = []
 
     def version(self) -> str:
         return self.named
@@ -48,6 +49,9 @@ class Double:
         painted = float((mask > 0).mean())
         given = [("日本語", painted), ("cat", 0.2), ("cow", 0.1), ("hen", 0.0)]
         return Answer(given, [("dog", 0.7), ("cat", 0.3)], self.named)
+
+    def prepare(self, sample: str) -> None:
+        self.prepared.append(sample)
 
 
 def a_mask(left: int = 0, right: int = WIDTH) -> np.ndarray:
@@ -124,6 +128,15 @@ def test_an_empty_context_leaves_the_text_alone_and_does_nothing(serve: Serve) -
     several = {**predict_body(None), "tasks": predict_body(None)["tasks"] * 3}
     assert post(f"{url}/predict", several).json() == {"results": [{}, {}, {}]}
     assert model.asked == strokes == []
+
+
+def test_a_page_that_is_opened_prepares_for_its_strokes(serve: Serve) -> None:
+    model = Double()
+    url = serve(create_app(model, SECRET))
+    for body in (predict_body(None), predict_body(None, sample=7)):
+        post(f"{url}/predict", body)
+    wait_for(lambda: model.prepared)
+    assert model.prepared == ["sample 0"] and model.asked == []
 
 
 def test_several_regions_are_joined_by_their_maximum(serve: Serve) -> None:

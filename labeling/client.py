@@ -111,23 +111,25 @@ class LabelStudio:
     def attach_backend(self, project: int, url: str, title: str, secret: str) -> None:
         """Let the service at `url`, which knows `secret`, answer strokes and hear about annotations of `project`.
 
-        Once an address; attaching it again renews the secret.
+        Once a title: attaching it again renews address and secret, since the editor asks only the first service.
         """
         settings = {
             **{"project": project, "url": url, "title": title, "is_interactive": True},
             **{"auth_method": "BASIC_AUTH", "basic_auth_user": SERVICE_USER, "basic_auth_pass": secret},
         }
+        # Made by Label Studio for a new service, without any authentication; a moved one keeps its old address.
+        webhook = {"url": f"{url}/webhook", "headers": {"Authorization": webhook_authorization(secret)}}
 
         def attach() -> None:
-            backends = [backend.id for backend in self._api.ml.list(project=project) if backend.url == url]
-            if backends:
-                self._api.ml.update(backends[0], **settings)
+            known = [backend for backend in self._api.ml.list(project=project) if backend.title == title]
+            if known:
+                self._api.ml.update(known[0].id, **settings)
             else:
-                self._api.ml.create(**settings)  # makes the webhook too, which knows no basic authentication
-            for webhook in self._api.webhooks.list(project=str(project)):
-                if webhook.url == f"{url.rstrip('/')}/webhook":
-                    headers = {"Authorization": webhook_authorization(secret)}
-                    self._api.webhooks.update(webhook.id, url=webhook.url, headers=headers)
+                self._api.ml.create(**settings)
+            ours = {webhook["url"], *(f"{backend.url}/webhook" for backend in known)}
+            for hook in self._api.webhooks.list(project=str(project)):
+                if hook.url in ours:
+                    self._api.webhooks.update(hook.id, **webhook)
 
         self._call(attach)
 

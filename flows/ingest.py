@@ -25,7 +25,7 @@ import ruamel.yaml
 from PIL import ExifTags, Image, ImageOps
 
 from abn.config import suggest
-from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS
+from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, WITHDRAWAL_COLUMNS
 from flows.versions import Dvc, Git, is_repository
 from flows.workspace import Workspace, write_arrays, write_atomically, write_json, write_table
 
@@ -432,6 +432,7 @@ def _build(
     ]
     write_table(workspace.manifest, MANIFEST_COLUMNS, (dict(zip(MANIFEST_COLUMNS, row, strict=True)) for row in rows))
     write_table(workspace.corrections, CORRECTION_COLUMNS, [])
+    write_table(workspace.withdrawals, WITHDRAWAL_COLUMNS, [])
     judged = [picture for picture in pictures if picture.source.mask and picture.source.split in ("val", "test")]
     learned = [picture for picture in pictures if picture.source.mask and picture.source.split in ("train", "pool")]
     write_arrays(workspace.gold, _read_masks(judged, "reading the masks of the gold set", progress))
@@ -455,9 +456,9 @@ def _build(
     if not (workspace.root / ".dvc").exists():
         dvc.init()
     data = [workspace.relative(path) for path in (workspace.images, workspace.gold, workspace.start_model)]
-    tables = [workspace.params, workspace.manifest, workspace.corrections, workspace.ingest_report]
+    tables = [workspace.params, workspace.manifest, workspace.corrections, workspace.withdrawals]
     git.commit(
-        [".dvc", ".dvcignore", *dvc.add(data), *(workspace.relative(path) for path in tables)],
+        [".dvc", ".dvcignore", *dvc.add(data), *map(workspace.relative, [*tables, workspace.ingest_report])],
         f"[data] {len(pictures)} images in {len({picture.source.label for picture in pictures} - {''})} classes",
     )
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -100,6 +101,21 @@ class Git:
     def checkout(self, commit: str) -> None:
         """Make the tree that of `commit`, a branch or a tag; changes that would be lost make it a ValueError."""
         self._run("checkout", "--quiet", commit, "--")
+
+    def export(self, commit: str, paths: Sequence[str], folder: Path) -> None:
+        """Write the files that `commit` has below `paths` into `folder`; a path that it lacks is a ValueError."""
+        archive = folder / "export.tar"
+        self._run("archive", "--format=tar", f"--output={archive}", commit, "--", *paths)
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
+        archive.unlink()
+
+    def before(self, path: str) -> str:
+        """The commit before the one that first had `path`."""
+        first = self._run("log", "--diff-filter=A", "--format=%H", "--reverse", "--", path).split()
+        if not first:
+            raise ValueError(f"no commit has {path}; finish the round with `abnloop round open`")
+        return self.commit_of(f"{first[0]}~")
 
     def configured(self, key: str) -> bool:
         """Whether git's configuration sets `key`, such as user.email."""

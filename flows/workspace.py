@@ -55,8 +55,23 @@ class Round:
         return self.folder / "annotations.jsonl"
 
     @property
+    def corrections(self) -> Path:
+        """Every annotation of the round with what it says; of the workspace's table each row is one sample."""
+        return self.folder / "corrections.csv"
+
+    @property
     def masks(self) -> Path:
         return self.folder / "masks.npz"
+
+    @property
+    def comparison(self) -> Path:
+        """Champion and challenger on each validation picture: what the gate's verdict stands on."""
+        return self.folder / "comparison.csv"
+
+    @property
+    def comparison_gallery(self) -> Path:
+        """Both models' maps of the same pictures; MLflow keeps it, git does not."""
+        return self.folder / "comparison.png"
 
     @property
     def state(self) -> Path:
@@ -113,6 +128,11 @@ class Workspace:
         return self.data / "captured.csv"
 
     @property
+    def withdrawals(self) -> Path:
+        """What was withdrawn from the training set, and what was let in again; it only grows."""
+        return self.data / "withdrawals.csv"
+
+    @property
     def ingest_report(self) -> Path:
         return self.data / "ingest.json"
 
@@ -130,8 +150,13 @@ class Workspace:
 
     @property
     def champion_record(self) -> Path:
-        """Which round and version the champion is of, and the metrics that a challenger has to meet."""
+        """Which round and version the champion is of, and its metrics."""
         return self.models / "champion.json"
+
+    @property
+    def decisions(self) -> Path:
+        """Every promotion and refusal, oldest first: the history of the champion."""
+        return self.models / "decisions.csv"
 
     @property
     def results(self) -> Path:

@@ -285,6 +285,87 @@ def ingest(workspace: WorkspaceOption = Path()) -> None:
 
 
 @app.command()
+def lineage(
+    model: Annotated[
+        str,
+        typer.Argument(help="models:/NAME@champion or /3, a version, a run id, round/0003.", show_default="champion"),
+    ] = "",
+    labeler: Annotated[str, typer.Option(help="Which models learned from this person (e-mail)?")] = "",
+    annotation: Annotated[str, typer.Option(help="... from this annotation (id)?")] = "",
+    sample: Annotated[str, typer.Option(help="... from this sample (id)?")] = "",
+    image: Annotated[Path | None, typer.Option(help="... from the picture in this file, by what it shows?")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write it as an HTML page with a graph.")] = None,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Tell what a model learned from: data, code, parameters, every annotation and who gave it, and the gate's verdict.
+
+    And back: which models learned from a person, an annotation, a sample or a picture. Works with the services down.
+
+    Example: `abnloop lineage models:/leaves@champion --report lineage.html --workspace leaves`
+    """
+    from flows import lineage as facts_of
+    from flows import lineage_report as told
+    from flows.workspace import open_workspace, write_atomically
+
+    place = open_workspace(workspace)
+    asked = {"labeler": labeler, "annotation": annotation, "sample": sample}
+    asked |= {"sample": facts_of.sample_of(place, image)} if image else {}
+    questions = {what: value for what, value in asked.items() if value}
+    if len(questions) + bool(model) > 1 or (questions and report):
+        raise ValueError(
+            "ask one thing at a time: a model (with --report), --labeler, --annotation, --sample or --image"
+        )
+    if questions:
+        models = facts_of.models_that_learned(place, questions)
+        console.print_json(told.as_json(models)) if as_json else console.print(told.models_table(questions, models))
+        return
+    facts = facts_of.trace(place, facts_of.find_round(place, model))
+    if report:
+        write_atomically(report, told.draw(facts))
+    if as_json:
+        print(told.as_json(facts), end="")
+    else:
+        console.print(*told.as_text(facts), sep="\n")
+
+
+@app.command()
+def withdraw(
+    why: Annotated[str, typer.Option(help="For those who ask later.")],
+    labeler: Annotated[str, typer.Option(help="Everything that this person said (e-mail).")] = "",
+    round_number: Annotated[str, typer.Option("--round", help="Everything that this round collected.")] = "",
+    annotation: Annotated[str, typer.Option(help="One annotation (id).")] = "",
+    undo: Annotated[bool, typer.Option("--undo", help="Let them in again.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Open a round at once, which trains without them.")
+    ] = False,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Take annotations out of the training set from now on, and tell which models learned from them.
+
+    Nothing is erased: data/withdrawals.csv says what, when and why. Their pictures can be asked about again.
+
+    Example: `abnloop withdraw --labeler anna@example.com --why "took shadows for symptoms" --workspace leaves`
+    """
+    from flows.lineage_report import models_table
+    from flows.withdrawals import withdraw as take_out
+    from flows.workspace import open_workspace
+
+    asked = {"labeler": labeler, "round": round_number, "annotation": annotation}
+    questions = {what: value for what, value in asked.items() if value}
+    if len(questions) != 1:
+        raise ValueError("name what to withdraw: one of --labeler, --round and --annotation")
+    place = _connected(workspace) if retrain else open_workspace(workspace)
+    taken = take_out(place, questions, why, undo)
+    console.print(f"{len(taken.annotations)} annotations {'count again' if undo else 'are withdrawn'}")
+    console.print(models_table(questions, taken.models))
+    if retrain:
+        round_open(workspace)
+    else:
+        console.print("the next `abnloop round open` trains " + ("with" if undo else "without") + " them")
+
+
+@app.command()
 def serve(workspace: WorkspaceOption = Path()) -> None:
     """Run the loop on its schedule: retraining on a cron, collecting every few minutes (params.yaml, flows).
 

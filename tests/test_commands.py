@@ -16,7 +16,10 @@ from PIL import Image
 from flows.cli import main
 
 PROJECT = Path(__file__).resolve().parent.parent
-IN_A_WORKSPACE = ["up", "down", "doctor", "round open", "round collect", "round status", "simulate", "serve"]
+IN_A_WORKSPACE = [
+    *("up", "down", "doctor", "round open", "round collect", "round status", "simulate", "serve"),
+    *("lineage", "withdraw --round 1 --why test"),
+]
 
 
 Run = Callable[..., tuple[int, str, str]]  # words of the command -> exit code, standard output, standard error
@@ -129,6 +132,20 @@ def test_no_rounds_are_an_empty_table(abnloop: Run, workspace: Path) -> None:
     assert code == 0 and "rounds of w" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("lineage v1 --labeler anna", "ask one thing at a time"),
+        ("lineage --sample a --report a.html", "ask one thing at a time"),
+        ("lineage", "has no model yet; `abnloop round open` trains the first"),
+        ("withdraw --why test", "name what to withdraw: one of --labeler, --round and --annotation"),
+        ("withdraw --why test --round 1 --labeler anna", "name what to withdraw"),
+    ],
+)
+def test_a_question_that_has_no_answer_is_refused(refusal: Refuse, workspace: Path, words: str, reason: str) -> None:
+    assert reason in refusal(*words.split(), "--workspace", str(workspace), watch=workspace)
+
+
 def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4], "big")
@@ -192,7 +209,10 @@ def test_a_mistyped_command_is_refused_with_its_usage(abnloop: Run, words: list[
     assert code == 2 and "Usage:" in error
 
 
-@pytest.mark.parametrize("command", ["round open", "round collect", "round status", "simulate", "serve", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["round open", "round collect", "round status", "simulate", "serve", "demo", "lineage", "withdraw"],
+)
 def test_help_teaches_with_an_example(abnloop: Run, command: str) -> None:
     code, out, _ = abnloop(*command.split(), "--help")
     assert code == 0 and f"Example: abnloop {command}" in out

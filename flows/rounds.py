@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,13 +26,23 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 
 from abn.config import load_section, read_params
-from abn.manifest import CORRECTION_COLUMNS, Sample, class_names, mask_sha256, read_corrections, read_manifest
+from abn.manifest import (
+    CORRECTION_COLUMNS,
+    WITHDRAWAL_COLUMNS,
+    Sample,
+    class_names,
+    mask_sha256,
+    read_corrections,
+    read_manifest,
+)
 from abn.predict import PredictConfig
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
 from abn.train import Settings, TrainConfig, choose_device
-from flows.gallery import gallery, gold_rows, map_tile, read_rgb
-from flows.gate import GateConfig, Judgement, judge
+from flows.gallery import Seen, gallery, gold_rows, map_tile, read_rgb, shown
+from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
+from flows.lineage import DATA, find_round, learned_withdrawn, record, trace
+from flows.lineage_report import as_json, describe, describe_history, draw
 from flows.progress import report
 from flows.services import addresses
 from flows.tracking import STAGES, Tracker
@@ -113,6 +123,7 @@ def open_round(workspace: str = ".") -> Opened:
         if new:
             round_ = begin(place)
             reproduce(place, round_)
+            weigh(place, round_)
             decide(place, round_)
             ask(place, round_)
         keep(place)
@@ -194,12 +205,19 @@ def check_before_opening(place: Workspace) -> bool:
 def begin(place: Workspace) -> Round:
     """The round to work on: the one that was interrupted, or a new one."""
     latest = place.latest()
+    if not place.withdrawals.is_file():  # a workspace of before there were any
+        write_table(place.withdrawals, WITHDRAWAL_COLUMNS, [])
+        Git(place.root).commit([place.relative(place.withdrawals)], "[data] Nothing is withdrawn")
     if latest and state_of(place, latest) == "begun":
         get_run_logger().info("round %d goes on where it was interrupted", latest.number)
         return latest
     round_ = place.round(latest.number + 1 if latest else 1)
     if load_section(TrainConfig, place.params, "train").start == "champion" and place.champion.is_file():
-        shutil.copyfile(place.champion, place.start_model)
+        if learned_withdrawn(place, find_round(place)):
+            get_run_logger().warning("the champion learned from what was withdrawn: this round trains from scratch")
+            place.start_model.write_bytes(b"")
+        else:
+            shutil.copyfile(place.champion, place.start_model)
         Dvc(place.root).add([place.relative(place.start_model)])
     round_.write({"round": round_.number, "state": "begun", "begun": _now()})
     return round_
@@ -237,66 +255,107 @@ def reproduce(place: Workspace, round_: Round) -> None:
     tracker.follow(runs["train"], curve)
 
 
+@science_step
+def weigh(place: Workspace, round_: Round) -> None:
+    """The gate's verdict on this round's model, kept in round.json before anything follows from it.
+
+    `parent` is the champion that it was weighed against, None before there is one, and says whether the training went
+    on from that one's weights.
+    """
+    state, model = round_.read(), Dvc(place.root).hashes()["results/model.pt"]
+    if state.get("verdict", {}).get("model") == model:
+        return
+    champion, parent = read_json(place.champion_record), None
+    judgement, rows = Judgement(True, "the first model"), []
+    if champion:
+        compared = compare(place.root, place.champion, place.model)
+        judgement, rows = judge(compared, load_section(GateConfig, place.params, "gate")), compared.rows()
+        names = [sample.id for sample in compared.samples]
+        models = [
+            Seen.of(title, names, seen.maps, seen.answers)
+            for title, seen in (("champion", compared.champion), ("challenger", compared.challenger))
+        ]
+        gallery(place.root, shown(place.root, compared.samples, 8), models).save(round_.comparison_gallery)
+        starts = load_section(TrainConfig, place.params, "train").start
+        weights = "champion" if starts == "champion" and place.start_model.stat().st_size else "scratch"
+        parent = {"round": champion["round"], "model_version": champion["model_version"], "weights": weights}
+    write_table(round_.comparison, COMPARISON_COLUMNS, rows)
+    verdict = {"model": model, "promoted": judgement.promoted, "reason": judgement.reason, "decided": _now()}
+    round_.write({**state, "verdict": {**verdict, "criteria": judgement.numbers(), "parent": parent}})
+
+
 @network_step
 def decide(place: Workspace, round_: Round) -> None:
     """Log what came out, register the challenger, and promote it or say why not."""
     state = round_.read()
     if "promoted" in state:
         return
-    tracker, runs, hashes = tracker_of(place), state["mlflow_runs"], Dvc(place.root).hashes()
+    verdict, runs = state["verdict"], state["mlflow_runs"]
+    tracker, head, hashes = tracker_of(place), Git(place.root).head(), Dvc(place.root).hashes()
     metrics = json.loads(place.metrics.read_text())
     control = json.loads(place.control_metrics.read_text())
-    samples = read_manifest(place.root)
-    corrections = sorted(read_corrections(place.root).values(), key=lambda row: row["sample"])
+    samples, corrections = read_manifest(place.root), len(read_corrections(place.root))
+    data = {path: hashes[path] for path in DATA}
+
+    tags = {
+        "abnloop.git_commit": head,
+        "abnloop.round": round_.number,
+        "abnloop.corrections": corrections,
+        **{f"abnloop.dvc_{Path(path).stem}": md5 for path, md5 in data.items()},
+        "abnloop.dvc_model": hashes["results/model.pt"],
+        "abnloop.parent": json.dumps(verdict["parent"]),
+        "abnloop.promoted": verdict["promoted"],
+        "abnloop.gate": verdict["reason"],
+        "abnloop.decided": verdict["decided"],
+    }
+    version = tracker.register(runs["train"], place.model, place.root / "abn", tags)
+    known = {"git_commit": head, "corrections": corrections, "model_version": str(version.version)}
+    known |= {"promoted": verdict["promoted"], "gate": verdict["reason"]}
+    known |= {"metrics": metrics["test"], "control": control["test"]}
+    facts = trace(place, round_, {**state, **known})
+    tracker.describe_version(version, tags, describe(facts))
+    for run in runs.values():
+        tracker.tag(run, tags)
     learned = [sample for sample in samples if sample.split in ("train", "pool")]
     judged = [sample for sample in samples if sample.split in ("val", "test")]
-
-    versions = {
-        "abnloop.git_commit": Git(place.root).head(),
-        "abnloop.round": str(round_.number),
-        "abnloop.dvc_images": hashes["data/images"],
-        "abnloop.dvc_corrections": hashes["data/corrections.csv"],
-        "abnloop.dvc_model": hashes["results/model.pt"],
-        "abnloop.corrections": str(len(corrections)),
-    }
-    for run in runs.values():
-        tracker.tag(run, versions)
-    tracker.log_inputs(runs["train"], learned, hashes, "training")
-    tracker.log_inputs(runs["evaluate"], judged, hashes, "evaluation")
+    tracker.log_inputs(runs["train"], learned, data, "training")
+    tracker.log_inputs(runs["evaluate"], judged, data, "evaluation", version)
     tracker.log_metrics(runs["evaluate"], metrics)
-    tracker.log_metrics(runs["round"], {"corrections": len(corrections), **metrics, "control": control})
-    predictions = read_predictions(place.predictions)
-    images = {sample.id: sample.image for sample in samples}
-    files: dict[str, Path | Image.Image | str] = {"metrics.json": place.metrics, "params.yaml": place.params}
-    files |= {f"plots/{path.name}": path for path in sorted(place.plots.iterdir())}
-    if rows := gold_rows(predictions, 8):
-        files["gallery.png"] = gallery(place.root, images, predictions, rows)
-    tracker.log_files(runs["evaluate"], files)
-    tracker.log_files(runs["round"], {"corrections.csv": place.corrections})
+    tracker.log_metrics(runs["round"], {"corrections": corrections, **metrics, "control": control})
+    tracker.log_files(runs["evaluate"], _evaluation_files(place, round_, samples))
+    lineage = {"lineage.json": as_json(facts), "lineage.html": draw(facts)}
+    tracker.log_files(runs["round"], {"corrections.csv": place.corrections, **lineage})
     tracker.log_files(runs["select"], {"batch.csv": place.batch})
-
-    description = f"Round {round_.number}, learned from {len(corrections)} corrections."
-    version = tracker.register(runs["train"], place.model, place.root / "abn", versions, description)
-    champion = read_json(place.champion_record)
-    if champion.get("round") == round_.number:  # promoted, then interrupted
-        verdict = Judgement(True, champion["gate"])
-    else:
-        verdict = judge(metrics["val"], champion.get("metrics"), load_section(GateConfig, place.params, "gate"))
-    tracker.tag_version(version, {"abnloop.promoted": verdict.promoted, "abnloop.gate": verdict.reason})
-    tracker.tag(runs["round"], {"abnloop.promoted": verdict.promoted, "abnloop.gate": verdict.reason})
-    if verdict.promoted:
+    if verdict["promoted"]:
         tracker.promote(version)
         shutil.copyfile(place.model, place.champion)
         Dvc(place.root).add([place.relative(place.champion)])
-        named = {"round": round_.number, "model_version": version, "md5": hashes["results/model.pt"]}
-        named |= {"gate": verdict.reason, "metrics": metrics["val"]}
-        write_json(place.champion_record, named)
+        named = {"round": round_.number, "model_version": known["model_version"], "md5": hashes["results/model.pt"]}
+        write_json(place.champion_record, {**named, "gate": verdict["reason"], "metrics": metrics["val"]})
+    tracker.describe_model(describe_history(record(place, round_, {**state, **known})))
     for run in STAGES:
         tracker.finish(runs[run])
-    create_table_artifact(key=f"metrics-{round_.name}", table=_metrics_table(metrics, control), description=description)
-    known = {"corrections": len(corrections), "model_version": version, "metrics": metrics["test"]}
-    known |= {"control": control["test"], "promoted": verdict.promoted, "gate": verdict.reason}
+    create_table_artifact(
+        key=f"metrics-{round_.name}", table=_metrics_table(metrics, control), description=describe(facts)
+    )
     round_.write({**state, **known})
+
+
+def _evaluation_files(
+    place: Workspace, round_: Round, samples: Sequence[Sample]
+) -> dict[str, Path | Image.Image | str]:
+    """Numbers and pictures by their name in MLflow."""
+    files: dict[str, Path | Image.Image | str] = {"metrics.json": place.metrics, "params.yaml": place.params}
+    files |= {f"plots/{path.name}": path for path in sorted(place.plots.iterdir())}
+    files |= {path.name: path for path in (round_.comparison, round_.comparison_gallery) if path.is_file()}
+    predictions, classes = read_predictions(place.predictions), class_names(samples)
+    if rows := gold_rows(predictions, 8):
+        names = predictions.samples[rows].tolist()
+        answers = [classes[answer] for answer in predictions.probabilities[rows].argmax(axis=1)]
+        seen = Seen.of("attention", names, predictions.maps[rows], answers)
+        by_id = {sample.id: sample for sample in samples}
+        files["gallery.png"] = gallery(place.root, [by_id[name] for name in names], [seen])
+    return files
 
 
 @network_step
@@ -328,7 +387,7 @@ def keep(place: Workspace) -> None:
     """Commit what the round stands on: code and data versions, metrics, the batch and its tasks."""
     round_ = place.latest()
     assert round_ is not None
-    files = [round_.batch, round_.tasks, round_.state]
+    files = [round_.batch, round_.tasks, round_.comparison, round_.state]
     paths = ["dvc.lock", "results", "models", *map(place.relative, files)]
     Git(place.root).commit(paths, f"[round {round_.number}] Ask {len(_read_batch(round_))} questions")
 
@@ -415,7 +474,7 @@ def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
     """Masks into the round's shard, corrections into the table that training reads."""
     masks = {one.sample: one.mask for one in answers.corrections if one.mask is not None}
     write_arrays(round_.masks, sorted(masks.items()))
-    rows = read_corrections(place.root)
+    rows = read_corrections(place.root, withdrawn=True)
     for one in answers.corrections:
         mask = masks.get(one.sample)
         rows[one.sample] = {

@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
+import yaml
 
 from abn.config import read_params
 from abn.manifest import mask_sha256, read_corrections, read_manifest
 from abn.predictions import Predictions, read_predictions
 from flows import services
 from flows.digits import write_digits
+from flows.gallery import GAP, TILE
 from flows.ingest import change_settings, init_workspace
 from flows.summary import summarise
 from flows.versions import Dvc, Git
@@ -489,7 +491,8 @@ def test_one_commit_holds_what_a_round_asks(place: Workspace, killed: Kill, firs
     assert said == ["[round 1] Learn from 5 corrections", f"[round 1] Ask {BUDGET} questions"]
     named = git(place, "show", "--format=", "--name-only", "round/0001~").splitlines()
     ours = {"dvc.lock", "models/champion.json", "models/champion.pt.dvc", "results/metrics.json", "results/batch.csv"}
-    assert ours | {f"rounds/0001/{name}" for name in ("batch.csv", "tasks.json", "round.json")} <= set(named)
+    ours |= {f"rounds/0001/{name}" for name in ("batch.csv", "tasks.json", "round.json", "comparison.csv")}
+    assert ours | {"models/decisions.csv"} <= set(named)
 
 
 # --- the tasks
@@ -826,7 +829,7 @@ def test_a_run_has_metrics_gallery_and_batch(place: Workspace, second: Second, t
     names = {file.path for file in client.list_artifacts(runs.evaluate.info.run_id)}
     assert {"gallery.png", "metrics.json", "params.yaml", "plots"} <= names
     with Image.open(client.download_artifacts(runs.evaluate.info.run_id, "gallery.png", str(tmp_path))) as gallery:
-        assert gallery.size == (3 * 132, 8 * 132)
+        assert gallery.size[0] == 3 * (TILE + GAP) and gallery.size[1] > 8 * TILE
     batch = Path(client.download_artifacts(runs.select.info.run_id, "batch.csv", str(tmp_path)))
     assert batch.read_bytes() == place.round(2).batch.read_bytes()
 
@@ -841,7 +844,9 @@ def test_a_model_version_says_what_it_is_of(place: Workspace, second: Second) ->
         assert version.tags["abnloop.promoted"] == str(state["promoted"])
         assert version.tags["abnloop.gate"] == state["gate"]
         assert version.tags["abnloop.dvc_model"] in git(place, "show", f"round/{number:04d}:dvc.lock")
-        assert version.description == f"Round {number}, learned from {state['corrections']} corrections."
+        verdict = "promoted" if state["promoted"] else "refused"
+        assert version.description.startswith(f"Round {number}: {verdict}, {state['gate']}.")
+        assert json.loads(version.tags["abnloop.parent"]) == state["verdict"]["parent"]
 
 
 def test_the_champion_is_the_last_that_was_promoted(place: Workspace, second: Second, restored: Workspace) -> None:
@@ -850,6 +855,91 @@ def test_the_champion_is_the_last_that_was_promoted(place: Workspace, second: Se
     assert read_json(place.champion_record)["round"] == last
     model = place.model if last == 2 else restored.model
     assert place.champion.read_bytes() == model.read_bytes()
+
+
+# --- lineage
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_lineage_is_the_same_in_mlflow_and_from_the_files(
+    place: Workspace, second: Second, tmp_path: Path, number: int
+) -> None:
+    known = json.loads(abnloop(place, "lineage", f"v{number}", "--json"))
+    run = place.round(number).read()["mlflow_runs"]["round"]
+    artifact = Path(mlflow_client().download_artifacts(run, "lineage.json", str(tmp_path)))
+    logged = json.loads(artifact.read_text())
+    assert {**logged, "champion": known["champion"]} == known
+    lock = yaml.safe_load(git(place, "show", f"round/{number:04d}:dvc.lock"))["stages"]
+    hashes = {one["path"]: one["md5"] for stage in lock.values() for one in stage["deps"]}
+    assert known["data_version"] == {path: hashes[path] for path in known["data_version"]}
+    assert set(known["data_version"]) >= {"data/images", "data/corrections.csv", "data/withdrawals.csv"}
+
+
+def test_a_model_is_traced_to_the_annotations_it_learned_from(place: Workspace, second: Second) -> None:
+    first, latest = (json.loads(abnloop(place, "lineage", f"round/000{n}", "--json")) for n in (1, 2))
+    assert first["annotations"] == first["selected_by"] == [] and first["parent"] is None
+    lines = [json.loads(line) for line in place.round(1).annotations.read_text().splitlines()]
+    received = {one["id"]: one["updated_at"] for task in lines for one in task["annotations"]}
+    assert len(latest["annotations"]) == BUDGET - 1
+    for one in latest["annotations"]:
+        assert received[one["id"]] == one["revision"] and one["labeler"] == services.EMAIL and one["round"] == 1
+    reasons = {row["sample"]: row["reason"] for row in read_csv(place.round(1).batch)}
+    assert {one["sample"]: one["reason"] for one in latest["selected_by"]} == {
+        one["sample"]: reasons[one["sample"]] for one in latest["annotations"]
+    }
+    assert latest["parent"] == {"round": 1, "model_version": "1", "weights": "scratch"}
+    (back,) = json.loads(abnloop(place, "lineage", "--labeler", services.EMAIL, "--json"))
+    assert (back["round"], back["annotations"]) == (2, latest["annotations"])
+
+
+def test_mlflow_tells_the_history_of_the_champion(place: Workspace, second: Second) -> None:
+    """From the versions' tags alone, what models/decisions.csv says too."""
+    decided = sorted(versions(), key=lambda version: version.tags["abnloop.decided"])
+    champion, history = "", []
+    for version in decided:
+        promoted = version.tags["abnloop.promoted"] == "True"
+        champion = str(version.version) if promoted else champion
+        history.append((str(version.version), "promoted" if promoted else "refused", champion))
+    rows = read_csv(place.decisions)
+    assert [(row["model_version"], row["decision"], row["champion"]) for row in rows] == history
+    assert mlflow_client().get_model_version_by_alias(NAME, "champion").version == champion
+    described = mlflow_client().get_registered_model(NAME).description
+    assert described.startswith(f"The champion is v{champion}.")
+    assert all(row["reason"] in described for row in rows)
+
+
+def test_the_gate_shows_both_models_on_the_same_pictures(place: Workspace, second: Second, tmp_path: Path) -> None:
+    from PIL import Image
+
+    run = tracked(place, 2).evaluate.info.run_id
+    with Image.open(mlflow_client().download_artifacts(run, "comparison.png", str(tmp_path))) as pictures:
+        assert pictures.size[0] == 4 * (TILE + GAP)  # picture, champion, challenger, mask
+    val = {row["id"] for row in read_csv(place.manifest) if row["split"] == "val"}
+    assert {row["sample"] for row in read_csv(place.round(2).comparison)} == val
+    assert read_csv(place.round(1).comparison) == []
+    names = [one["name"] for one in place.round(2).read()["verdict"]["criteria"]]
+    assert names == ["accuracy", "worst_class_accuracy", "attention_inside_mask", "context_reliance"]
+
+
+def test_the_model_is_linked_to_what_judged_it(place: Workspace, second: Second) -> None:
+    for number, version in {int(one.version): one for one in versions()}.items():
+        inputs = tracked(place, number).evaluate.inputs
+        assert inputs is not None
+        assert [f"models:/{one.model_id}" for one in inputs.model_inputs] == [version.source]
+
+
+def test_a_withdrawal_makes_training_out_of_date(second: Second, restored: Workspace) -> None:
+    from flows.withdrawals import withdraw
+
+    Git(restored.root).checkout("round/0002")
+    try:
+        taken = withdraw(restored, {"round": "1"}, "a test")
+        assert [one["round"] for one in taken.models] == [2]
+        assert len(read_corrections(restored.root)) == BUDGET
+        status = tool(restored, "dvc", "status", "train").stdout
+        assert re.search(r"modified:\s+data/withdrawals\.csv", status), status
+    finally:
+        Git(restored.root).checkout("round/0001")
 
 
 ANSWER = """

@@ -238,11 +238,11 @@ def _pool(
     predictions: Predictions, labels: Int[np.ndarray, "n"], candidates: Collection[int], told: Told, seed: int
 ) -> Pool:
     """Candidates and answered samples are looked at together, in the order of their ids."""
-    asked = np.zeros(len(labels), dtype=bool)
-    asked[list(candidates)] = True
-    rows = np.flatnonzero(asked | told.answered)
+    open_ = np.zeros(len(labels), dtype=bool)
+    open_[list(candidates)] = True
+    rows = np.flatnonzero(open_ | told.answered)
     rows = rows[np.argsort(predictions.samples[rows])]
-    table, asked, answered = predictions[rows], asked[rows], told.answered[rows]
+    table, asked, answered = predictions[rows], open_[rows], told.answered[rows]
     where, wrong = directions(table.embeddings), unreasonable(table, told.verdicts[rows])
     minutes = told.minutes_to_confirm + wrong * max(told.minutes_to_paint - told.minutes_to_confirm, 0.0)
     return Pool(

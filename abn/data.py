@@ -36,9 +36,11 @@ class DataConfig:
 class Batch(NamedTuple):
     images: UInt8[Tensor, "b 3 h w"]
     labels: Int[Tensor, "b"]  # -1: not known
-    masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what a person marked as evidence; meaningless without has_mask
-    has_mask: Bool[Tensor, "b"]
-    painted: Bool[Tensor, "b"]  # the mask is a person's, not a map of the network that a person called fine
+    masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what is evidence; meaningless where trust is 0
+    has_mask: Bool[Tensor, "b"]  # a person gave the mask
+    painted: Bool[Tensor, "b"]  # a person made it: it is not a map of the network that a person called fine
+    weights: Float[Tensor, "b"]  # 0..1, of the mask in the loss of the map: how far those who gave it agree
+    trust: Float[Tensor, "b"]  # 0..1: 1 for a person's mask, less for one that the annotator drew, 0 without any
     indices: Int[Tensor, "b"]  # into the samples
 
 
@@ -77,6 +79,8 @@ class Pictures(Dataset[Batch]):
         numbers = {name: number for number, name in enumerate(classes)}
         self.labels = torch.tensor([numbers.get(sample.label, -1) for sample in self.samples])
         self.shards = MaskShards(root)
+        self.drawn: dict[int, Tensor] = {}  # masks of the annotator where no person gave one, and how far to trust them
+        self.trust = 0.0
         self.cached = len(self.samples) * 3 * size[0] * size[1] <= CACHE_BYTES
         self._images: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}
@@ -85,15 +89,21 @@ class Pictures(Dataset[Batch]):
         return len(self.samples)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        masks = [self._mask(index) for index in indices]
+        masks = [self.mask_of(index) for index in indices]
+        given = torch.tensor([mask is not None for mask in masks])
+        samples, chosen = [self.samples[index] for index in indices], torch.tensor(indices)
         nothing = torch.zeros((1, *self.size), dtype=torch.uint8)
-        chosen = torch.tensor(indices)
+        drawn = torch.tensor([index in self.drawn for index in indices])
         return Batch(
             torch.stack([self._image(index) for index in indices]),
             self.labels[chosen],
-            torch.stack([nothing if mask is None else mask for mask in masks]),
-            torch.tensor([mask is not None for mask in masks]),
-            torch.tensor([self.samples[index].painted for index in indices]),
+            torch.stack(
+                [self._drawn(index, nothing) if m is None else m for index, m in zip(indices, masks, strict=True)]
+            ),
+            given,
+            torch.tensor([sample.painted for sample in samples]),
+            torch.tensor([sample.weight for sample in samples]),
+            torch.where(given, 1.0, drawn * self.trust),
             chosen,
         )
 
@@ -109,7 +119,16 @@ class Pictures(Dataset[Batch]):
             self._images[index] = image
         return image
 
-    def _mask(self, index: int) -> Tensor | None:
+    def _drawn(self, index: int, nothing: Tensor) -> Tensor:
+        mask = self.drawn.get(index, nothing)
+        if mask.shape == nothing.shape:
+            return mask
+        return F.interpolate(mask[None].float(), size=self.size, mode="bilinear", align_corners=False)[0].to(
+            torch.uint8
+        )
+
+    def mask_of(self, index: int) -> UInt8[Tensor, "1 h w"] | None:
+        """What a person marked, at the pictures' size."""
         sample = self.samples[index]
         if not sample.masks:
             return None

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from abn.annotator import annotate
 from abn.config import load_section
-from abn.context import binarised, overlap, random_contexts, replace_context, without_objects
+from abn.context import binarised, random_contexts, replace_context, shrunk, with_holes, without_objects
 from abn.data import (
     Batch,
     DataConfig,
@@ -63,11 +64,12 @@ class CorrectionsConfig:
     map_weight: float
     share: float
     context_rate: float
-    propagate_from: float
     propagate_rate: float
+    holes: float
+    shrink: float
 
     def __post_init__(self) -> None:
-        for name in ("share", "context_rate", "propagate_from", "propagate_rate"):
+        for name in ("share", "context_rate", "propagate_rate", "holes", "shrink"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"corrections.{name} is {getattr(self, name)}; it must be from 0 to 1")
 
@@ -116,6 +118,9 @@ def train(
     if settings.corrections.recipe == "none":
         corrected = []
 
+    if corrected and settings.corrections.recipe == "context" and settings.corrections.propagate_rate:
+        drawn, trust = annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
+        pictures.drawn, pictures.trust = drawn, trust
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -138,7 +143,7 @@ def train(
             rate = learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, parts = objective(batch, generator, (epoch - 1) / config.epochs)
+            loss, parts = objective(batch, generator)
             if not math.isfinite(loss.item()):
                 names = ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
                 raise FloatingPointError(f"loss {loss.item()} at epoch {epoch}, step {step + 1}; samples {names}")
@@ -151,6 +156,7 @@ def train(
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         seconds = time.perf_counter() - began
         line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
+        line |= {"propagated": len(pictures.drawn), "trust": pictures.trust}
         history.add(line)
         on_epoch(line)
     save_model(output / "model.pt", network, settings.model, classes, settings.data.size)
@@ -164,8 +170,8 @@ class Objective:
         self.network, self.settings, self.device, self.corrected = network, settings, device, corrected
         self.map_loss = MAP_LOSSES[settings.corrections.map_loss]
 
-    def __call__(self, batch: Batch, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The loss to descend, and its parts as numbers; `progress` of the training is 0..1."""
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """The loss to descend, and its parts as numbers."""
         config = self.settings.corrections
         labels = batch.labels.to(self.device)
         images, masks = augment(
@@ -177,7 +183,7 @@ class Objective:
         masked = batch.has_mask.to(self.device) & (config.recipe != "none")
         taught = masked & batch.painted.to(self.device)  # a map that was called fine need not become an older model's
         if self.corrected and config.recipe == "context":
-            images = self._in_other_contexts(images, masks, masked, generator, progress)
+            images = self._in_other_contexts(images, masks, masked, batch.trust.to(self.device), generator)
         gradients = config.map_loss == "rrr" and bool(taught.any())
         if gradients:
             images.requires_grad_()
@@ -191,34 +197,25 @@ class Objective:
         if taught.any():
             maps = input_gradients(output.logits, images) if gradients else output.attention_map.float()
             maps = maps[taught]
-            distance = self.map_loss(maps, resize_map(masks[taught], maps.shape[-2:])).mean()
+            distances = self.map_loss(maps, resize_map(masks[taught], maps.shape[-2:]))
+            distance = (distances * batch.weights.to(self.device)[taught]).mean()
             loss = loss + config.map_weight * distance
             parts["map_loss"] = distance.item()
         return loss, {"loss": loss.item(), **parts}
 
     def _in_other_contexts(
-        self, images: Tensor, masks: Tensor, masked: Tensor, generator: torch.Generator, progress: float
+        self, images: Tensor, masks: Tensor, given: Tensor, trust: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Corrected pictures, some of the time, with everything outside their mask replaced. Later in the training
-        the others too: what the corrections taught the attention map makes it a fair mask where nobody gave one, so
-        far as it agrees with the masks that people gave: that agreement weighs how often it is used."""
+        """Corrected pictures with everything outside their mask replaced, and so those that the annotator drew a mask
+        for, the more often the further it is trusted."""
         config = self.settings.corrections
-        keep, rates = binarised(masks) * masked.view(-1, 1, 1, 1), masked * config.context_rate
-        if progress >= config.propagate_from and config.propagate_rate:
-            own = binarised(resize_map(self._attention(images), images.shape[-2:]), grow=1)
-            rates = torch.where(masked, rates, config.propagate_rate * overlap(own[masked], keep[masked]))
-            keep = torch.where(masked.view(-1, 1, 1, 1), keep, own)
-        chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
+        rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
+        keep = binarised(masks)
         contexts = random_contexts(without_objects(images, keep), generator)
-        replaced = replace_context(images, keep, contexts)
+        keep = shrunk(keep, round(config.shrink * max(keep.shape[-2:])), generator)
+        replaced = replace_context(images, with_holes(keep, config.holes, generator), contexts)
+        chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
-
-    @torch.no_grad()
-    def _attention(self, images: Tensor) -> Tensor:
-        self.network.eval()  # the running means of the batch norms stay those of the training pictures
-        _, maps = self.network.attend(self.network.extract(images))
-        self.network.train()
-        return maps
 
 
 class History:

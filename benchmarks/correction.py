@@ -143,7 +143,7 @@ class Problem:
             elif self.faults == "hasty":
                 mask = hasty(mask, np.random.default_rng([row, 2]))
             masks[samples[row].id] = _levels(mask)
-            samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(_levels(mask)))
+            samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(_levels(mask)), painted=True)
         np.savez(self.root / name, allow_pickle=False, **masks)
         return samples
 

@@ -123,6 +123,17 @@ def load(name: str, path: Path | None, size: tuple[int, int], train: int, seed: 
 # --- confounds: each draws the mark of class `code` of `count` into a picture (h, w, 3), in place
 
 
+SIGNS = np.array(
+    [
+        [(1, 0, 1), (1, 1, 1), (1, 0, 1)],  # H
+        [(1, 1, 1), (0, 1, 0), (0, 1, 0)],  # T
+        [(1, 0, 0), (1, 0, 0), (1, 1, 1)],  # L
+        [(1, 0, 1), (0, 1, 0), (1, 0, 1)],  # X
+    ],
+    dtype=np.uint8,
+) * np.uint8(255)
+
+
 def patch(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     """A square in the colour of the class in the top left corner, 3/16 of the shorter side."""
     side = round(min(mask.shape) * 3 / 16)
@@ -130,7 +141,18 @@ def patch(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
 
 
 def mark(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
-    """A white bar with a dark rim, like a scale bar: along the top or the bottom, place and length by the class."""
+    """A small white sign on black in a corner, like a stamped letter: the classes take turns with the four corners, and
+    each time round the next sign. Its side is 3/16 of the shorter one."""
+    side = max(3, round(min(mask.shape) * 3 / 16))
+    sign = np.array(Image.fromarray(SIGNS[code // 4 % len(SIGNS)]).resize((side, side), Image.Resampling.NEAREST))
+    rows = slice(0, side) if code % 2 == 0 else slice(-side, None)
+    columns = slice(0, side) if code // 2 % 2 == 0 else slice(-side, None)
+    image[rows, columns] = sign[..., None]
+
+
+def bar(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """A white bar with a dark rim, like a scale bar printed without regard to what it covers: along the top or the
+    bottom, place and length by the class."""
     height, width = mask.shape
     thick, length = max(2, height // 16), round(width * (0.12 + 0.03 * code))
     left = 1 + round((width - length - 2) * (code // 2) / max(1, (count - 1) // 2))
@@ -160,6 +182,7 @@ def background(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> No
 CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
     "patch": patch,
     "mark": mark,
+    "bar": bar,
     "border": border,
     "background": background,
     "none": lambda image, mask, code, count: None,

@@ -1,0 +1,154 @@
+"""Masks for the pictures that nobody corrected, learned from the masks of those that people did.
+
+A small U-Net (Ronneberger et al., MICCAI 2015) is shown a picture and told its class, and draws what a person would
+mark. It knows nothing but the corrections, and is trained anew from them, in seconds, before each training of the
+network: what is told of a few pictures so reaches all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from abn.context import binarised, overlap, random_contexts, replace_context, without_objects
+from abn.data import DataConfig, Pictures, augment, in_order
+
+STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH, LEVELS = 250, 16, 4e-3, 8, 3
+LARGEST = 128  # pixels: larger pictures are annotated at this size
+HELD_OUT = 5  # every fifth correction tells how far to trust the masks that the others taught
+FAIR = 0.7  # an overlap with masks of people from which on the drawn ones are used like theirs
+
+
+class Annotator(nn.Module):
+    """Picture and class -> logits of the mask, at the picture's size."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths = [WIDTH << level for level in range(LEVELS + 1)]
+        self.down = nn.ModuleList(_block(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.told = nn.Embedding(classes, widths[-1])
+        nn.init.zeros_(self.told.weight)
+        self.up = nn.ModuleList(_block(2 * o + o, o) for o in reversed(widths[:-1]))
+        self.head = nn.Conv2d(WIDTH, 1, 1)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 1 h w"]:
+        x, skipped = 4 * (images - 0.5), []
+        for down in self.down:
+            x = down(F.max_pool2d(x, 2, ceil_mode=True) if skipped else x)
+            skipped.append(x)
+        x = x + self.told(labels)[:, :, None, None]
+        for up, skip in zip(self.up, reversed(skipped[:-1]), strict=True):
+            x = up(torch.cat([F.interpolate(x, size=skip.shape[-2:]), skip], dim=1))
+        return self.head(x)
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        # Of groups and not of batches, so that a picture's mask does not depend on its company.
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def annotate(
+    pictures: Pictures, corrected: Sequence[int], classes: int, config: DataConfig, seed: int, device: torch.device
+) -> tuple[dict[int, UInt8[Tensor, "1 i j"]], float]:
+    """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust them, 0..1.
+
+    Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
+    with masks of people that the annotator was not shown, over `FAIR`. Where it finds nothing there is no mask.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = corrected[::HELD_OUT] if len(corrected) >= 2 * HELD_OUT else corrected
+    taught = sorted(set(corrected) - set(held_out)) or list(corrected)
+    annotator = _trained(pictures, taught, classes, config, generator, device)
+    _, _, people = _examples(pictures, held_out, device)
+    drawn = torch.stack(list(_masks(annotator, pictures, held_out, device).values())).to(device) / 255
+    trust = min(1.0, overlap(binarised(drawn), binarised(people)).item() / FAIR)
+    rest = sorted(set(range(len(pictures))) - set(corrected))
+    found = _masks(annotator, pictures, rest, device)
+    return {index: mask for index, mask in found.items() if (mask > 127).any()}, trust
+
+
+def _trained(
+    pictures: Pictures,
+    taught: Sequence[int],
+    classes: int,
+    config: DataConfig,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Annotator:
+    """An annotator that draws the masks of the pictures `taught`, in whatever context and light they are."""
+    images, labels, masks = _examples(pictures, taught, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
+        annotator = Annotator(classes).to(device)
+    share = masks.mean().clamp(0.01, 0.99)
+    nn.init.constant_(annotator.head.bias, torch.logit(share).item())  # so that it begins with what is right on average
+    optimizer = torch.optim.AdamW(annotator.parameters(), weight_decay=0.01)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, 10 * (step + 1) / STEPS) * (1 + math.cos(math.pi * step / STEPS)) / 2
+        rows = torch.randint(len(taught), (BATCH_SIZE,), generator=generator)
+        shown, wanted = augment(images[rows], masks[rows], config, generator)
+        hard = binarised(wanted)
+        elsewhere = replace_context(shown, hard, random_contexts(without_objects(shown, hard), generator))
+        shown = torch.where(_some(rows, 0.5, generator).to(device), elsewhere, shown)
+        logits = annotator(_in_other_light(shown, generator), labels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        mask_loss(logits, wanted).backward()
+        optimizer.step()
+    return annotator.eval()
+
+
+def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy + 1 - Dice, at least 0. Dice, 2 sum(p m) / (sum(p) + sum(m)), is what keeps a mask of a few
+    pixels from being given up (Milletari et al., V-Net, 3DV 2016)."""
+    drawn = logits.sigmoid()
+    both, either = (drawn * masks).sum(dim=(1, 2, 3)), (drawn + masks).sum(dim=(1, 2, 3))
+    dice = (2 * both + 1) / (either + 1)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice.mean()
+
+
+@torch.no_grad()
+def _masks(
+    annotator: Annotator, pictures: Pictures, rows: Sequence[int], device: torch.device
+) -> dict[int, UInt8[Tensor, "1 h w"]]:
+    found = {}
+    for batch in in_order(len(rows), 256):
+        part = [rows[i] for i in batch]
+        images, labels, _ = _examples(pictures, part, device)
+        drawn = (255 * annotator(images, labels).sigmoid()).round().to(torch.uint8).cpu()
+        found |= dict(zip(part, drawn, strict=True))
+    return found
+
+
+def _examples(
+    pictures: Pictures, rows: Sequence[int], device: torch.device
+) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b"], Float[Tensor, "b 1 h w"]]:
+    """Pictures, labels and masks at the size that the annotator sees."""
+    batch = pictures[rows]
+    scale = min(1.0, LARGEST / max(pictures.size))
+    size = [max(1, round(side * scale)) for side in pictures.size]
+    images, masks = (
+        F.interpolate(part.to(device).float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False)
+        if scale < 1
+        else part.to(device).float() / 255
+        for part in (batch.images, batch.masks)
+    )
+    return images, batch.labels.to(device), masks
+
+
+def _in_other_light(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+    """Contrast by up to a fifth and brightness by up to 0.15, each channel on its own."""
+    gain, offset = torch.rand(2, len(images), 3, 1, 1, generator=generator).to(images.device) - 0.5
+    return ((images - 0.5) * (1 + 0.4 * gain) + 0.5 + 0.3 * offset).clamp(0, 1)
+
+
+def _some(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    return (torch.rand(len(rows), generator=generator) < rate).view(-1, 1, 1, 1)

@@ -1,0 +1,91 @@
+"""The annotator: from the masks of a few pictures to those of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from abn import annotator
+from abn.annotator import Annotator, annotate, mask_loss
+from abn.data import DataConfig, Pictures
+from abn.manifest import read_manifest, training_samples
+from tiny import SIZE, correct, make_workspace, square
+
+CPU = torch.device("cpu")
+STILL = DataConfig((SIZE, SIZE), flip=False, shift=1)
+
+
+def pictures_of(root: Path, masks: dict[str, np.ndarray], size: tuple[int, int] = (SIZE, SIZE)) -> Pictures:
+    correct(root, masks)
+    return Pictures(root, training_samples(read_manifest(root)), ["dark", "light"], size)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_workspace(tmp_path / "workspace")
+
+
+def test_masks_of_a_few_pictures_become_masks_of_the_rest(root: Path) -> None:
+    pictures = pictures_of(root, {f"train{i:02d}": square(i) for i in range(12)})
+    drawn, trust = annotate(pictures, range(12), 2, STILL, 0, CPU)
+    assert set(drawn) == set(range(12, 20)), "those that nobody corrected"
+    overlaps = []
+    for number, mask in drawn.items():
+        marked, wanted = mask[0].numpy() > 127, square(number) > 0
+        overlaps.append((marked & wanted).sum() / (marked | wanted).sum())
+    assert np.mean(overlaps) > 0.8
+    assert trust == 1.0
+
+
+def test_masks_without_any_sense_are_hardly_trusted(root: Path) -> None:
+    generator, masks = np.random.default_rng(0), {}
+    for number in range(12):
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        top, left = generator.integers(0, SIZE - 3, 2)
+        mask[top : top + 3, left : left + 3] = 255
+        masks[f"train{number:02d}"] = mask
+    _, trust = annotate(pictures_of(root, masks), range(12), 2, STILL, 0, CPU)
+    assert trust < 0.5
+
+
+def test_the_same_seed_draws_the_same_and_leaves_other_randomness_alone(root: Path) -> None:
+    pictures = pictures_of(root, {f"train{i:02d}": square(i) for i in range(4)})
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    (first, trust), (second, again) = (annotate(pictures, range(4), 2, STILL, 0, CPU) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert trust == again and first.keys() == second.keys()
+    assert all(torch.equal(first[number], second[number]) for number in first)
+
+
+def test_nothing_found_is_no_mask(root: Path) -> None:
+    empty = {f"train{i:02d}": np.zeros((SIZE, SIZE), np.uint8) for i in range(4)}
+    drawn, _ = annotate(pictures_of(root, empty), range(4), 2, STILL, 0, CPU)
+    assert not drawn
+
+
+def test_large_pictures_are_annotated_small_and_used_large(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotator, "STEPS", 3)
+    pictures = pictures_of(root, {f"train{i:02d}": np.full((SIZE, SIZE), 255, np.uint8) for i in range(4)}, (160, 80))
+    pictures.drawn, pictures.trust = annotate(pictures, range(4), 2, DataConfig((160, 80), True, 2), 0, CPU)
+    assert {tuple(mask.shape) for mask in pictures.drawn.values()} == {(1, 128, 64)}
+    batch = pictures[[0, min(pictures.drawn)]]
+    assert batch.masks.shape == (2, 1, 160, 80)
+    assert batch.trust.tolist() == [1.0, pytest.approx(pictures.trust)]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (17, 31), (64, 128)])
+def test_any_size_comes_back_at_its_size(size: tuple[int, int]) -> None:
+    logits = Annotator(3)(torch.rand(2, 3, *size), torch.tensor([0, 2]))
+    assert logits.shape == (2, 1, *size)
+
+
+def test_the_loss_of_a_worked_example() -> None:
+    masks = torch.tensor([[[[1.0, 0.0]]]])
+    assert mask_loss(torch.tensor([[[[50.0, -50.0]]]]), masks).item() == pytest.approx(0, abs=1e-6)
+    undecided = mask_loss(torch.zeros(1, 1, 1, 2), masks).item()
+    assert undecided == pytest.approx(np.log(2) + 1 - (2 * 0.5 + 1) / (2 + 1))

@@ -37,7 +37,8 @@ class Annotator(nn.Module):
         self.head = nn.Conv2d(WIDTH, 1, 1)
 
     def forward(self, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 1 h w"]:
-        x, skipped = 4 * (images - 0.5), []
+        x = 4 * (images - 0.5)
+        skipped: list[Tensor] = []
         for down in self.down:
             x = down(F.max_pool2d(x, 2, ceil_mode=True) if skipped else x)
             skipped.append(x)
@@ -89,6 +90,7 @@ def _trained(
         torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
         annotator = Annotator(classes).to(device)
     share = masks.mean().clamp(0.01, 0.99)
+    assert annotator.head.bias is not None
     nn.init.constant_(annotator.head.bias, torch.logit(share).item())  # so that it begins with what is right on average
     optimizer = torch.optim.AdamW(annotator.parameters(), weight_decay=0.01)
     for step in range(STEPS):
@@ -119,7 +121,7 @@ def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"])
 def _masks(
     annotator: Annotator, pictures: Pictures, rows: Sequence[int], device: torch.device
 ) -> dict[int, UInt8[Tensor, "1 h w"]]:
-    found = {}
+    found: dict[int, Tensor] = {}
     for batch in in_order(len(rows), 256):
         part = [rows[i] for i in batch]
         images, labels, _ = _examples(pictures, part, device)

@@ -318,9 +318,10 @@ def lineage(
         )
     if questions:
         models = facts_of.models_that_learned(place, questions)
-        console.print_json(told.as_json(models)) if as_json else console.print(told.models_table(questions, models))
+        print(told.as_json(models), end="") if as_json else console.print(told.models_table(questions, models))
         return
-    facts = facts_of.trace(place, facts_of.find_round(place, model))
+    round_ = facts_of.find_round(place, model)
+    facts = {**facts_of.trace(place, round_), "champion": round_ == facts_of.find_round(place)}
     if report:
         write_atomically(report, told.draw(facts))
     if as_json:

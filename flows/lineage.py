@@ -74,7 +74,6 @@ def trace(place: Workspace, round_: Round, state: Mapping[str, Any] | None = Non
         "model": parameters["project"]["name"],
         "model_version": state["model_version"],
         "round": round_.number,
-        "champion": read_json(place.champion_record).get("round") == round_.number,
         "mlflow_runs": state["mlflow_runs"],
         "git_commit": commit_of_training(place, round_, state),
         "data_version": data_version,

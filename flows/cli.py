@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,9 @@ console = Console()
 
 rounds = typer.Typer(help="Open a round, collect its answers, see how the rounds went.", no_args_is_help=True)
 app.add_typer(rounds, name="round")
+
+labelers = typer.Typer(help="Invite labelers, see how they do.", no_args_is_help=True)
+app.add_typer(labelers, name="labelers")
 
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace.", show_default="here")]
 
@@ -208,20 +212,68 @@ def round_status(workspace: WorkspaceOption = Path()) -> None:
     console.print(summary_table(summarise(place), f"rounds of {place.root.name}"))
 
 
+@labelers.command("invite")
+def labelers_invite(
+    emails: Annotated[list[str], typer.Argument(metavar="EMAIL...")],
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Make accounts in Label Studio and print each log-in, once: the passwords are kept nowhere.
+
+    Example: `abnloop labelers invite ann@example.com bob@example.com --workspace leaves`
+    """
+    from flows.people import invite
+    from flows.services import addresses
+    from flows.workspace import open_workspace
+    from labeling.client import LabelStudio
+
+    known = addresses(open_workspace(workspace))
+    passwords = invite(LabelStudio(known.label_studio, known.label_studio_token), emails)
+    table = Table("email", "password", title=f"log in at {known.label_studio}")
+    for email, password in passwords.items():
+        table.add_row(escape(email), password)
+    console.print(table)
+
+
+@labelers.command("report")
+def labelers_report(
+    workspace: WorkspaceOption = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what each labeler did in the rounds collected so far: tasks, minutes, agreement with the others, how far
+    they moved the maps that they fixed, verdicts.
+
+    Example: `abnloop labelers report --workspace leaves`
+    """
+    from flows.people import labeler_report, labeler_table
+    from flows.workspace import open_workspace
+
+    report = labeler_report(open_workspace(workspace))
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        console.print(labeler_table(report))
+
+
 @app.command()
 def simulate(
     workspace: WorkspaceOption = Path(),
+    labelers: Annotated[int, typer.Option(help="How many, each with an account of their own.")] = 1,
+    faults: Annotated[str, typer.Option(help="none, careful, careless (they paint badly) or hasty.")] = "careful",
     seed: Annotated[int, typer.Option(help="Of their faults.")] = 0,
 ) -> None:
     """Let simulated labelers answer what is open, from the masks that `init` set aside for them.
 
-    Example: `abnloop simulate --workspace leaves`
+    Example: `abnloop simulate --labelers 2 --faults careless --workspace leaves`
     """
+    from labeling.simulator import FAULTS
+
+    if faults not in FAULTS:
+        raise ValueError(f"--faults is {faults!r}; choose {', '.join(FAULTS)}")
     place = _connected(workspace)
     from flows.rounds import simulate_labelers
 
     with _listening():
-        verdicts = simulate_labelers(place, seed=seed)
+        verdicts = simulate_labelers(place, FAULTS[faults], seed, labelers)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing was open")
 
 

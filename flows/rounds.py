@@ -31,7 +31,6 @@ from abn.manifest import (
     WITHDRAWAL_COLUMNS,
     Sample,
     class_names,
-    mask_sha256,
     read_corrections,
     read_manifest,
 )
@@ -43,6 +42,7 @@ from flows.gallery import Seen, gallery, gold_rows, map_tile, read_rgb, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
 from flows.lineage import DATA, find_round, learned_withdrawn, record, trace
 from flows.lineage_report import as_json, describe, describe_history, draw
+from flows.people import ANNOTATION_COLUMNS, annotation_rows, correction_row, simulated_labelers, still_standing
 from flows.progress import report
 from flows.services import addresses
 from flows.tracking import STAGES, Tracker
@@ -58,7 +58,7 @@ from flows.workspace import (
     write_table,
 )
 from labeling.client import LabelStudio
-from labeling.corrections import Correction
+from labeling.corrections import Consensus, Correction, SetAside, settle
 from labeling.corrections import read_corrections as read_annotations
 from labeling.screen import Tool, instructions, labeling_screen
 from labeling.simulator import Faults, simulate
@@ -84,6 +84,11 @@ class LabelingConfig:
     tool: Tool
     deadline_hours: float
     minimum: int
+    labelers_per_task: int = 1
+
+    def __post_init__(self) -> None:
+        if self.labelers_per_task < 1:
+            raise ValueError(f"labeling.labelers_per_task is {self.labelers_per_task}; it must be at least 1")
 
 
 # What a round reads of params.yaml beside a training's own, looked at before anything begins.
@@ -145,6 +150,7 @@ def collect_round(workspace: str = ".") -> Collected:
             pull(place, round_)
         answers = read_answers(place, round_)
         if state == "open" and not answers.complete and not answers.overdue:
+            ask_again(place, answers)
             get_run_logger().info("%d of %d tasks are answered", answers.answered, answers.tasks)
             return _collected(round_, answers, closed=False, commit="")
         learn_from(place, round_, answers)
@@ -367,7 +373,8 @@ def ask(place: Workspace, round_: Round) -> None:
     studio = label_studio(place)
     title = f"abnloop {load_section(ProjectConfig, place.params, 'project').name}"
     classes = class_names(list(samples.values()))
-    project = studio.ensure_project(title, labeling_screen(classes, config.tool), instructions())
+    screen = labeling_screen(classes, config.tool)
+    project = studio.ensure_project(title, screen, instructions(), config.labelers_per_task)
     tasks = list(_tasks(place, round_, samples, classes, f"v{state['model_version']}", config.tool))
     for folder in (place.images, round_.heatmaps):
         studio.serve_folder(project, folder)
@@ -428,8 +435,10 @@ def _tasks(
 class Answers:
     """What a round's annotations say so far."""
 
-    corrections: list[Correction]
-    set_aside: list[dict[str, Any]]
+    corrections: list[Consensus]  # one a sample: training learns from these
+    opinions: list[Correction]  # one a sample and labeler: what they stand on, and what is still disputed
+    set_aside: list[SetAside]
+    asked_again: dict[int, int]  # task whose labelers disagree -> how many shall have answered it
     answered: int
     tasks: int
     overdue: bool
@@ -455,39 +464,53 @@ def pull(place: Workspace, round_: Round) -> None:
 
 
 def read_answers(place: Workspace, round_: Round) -> Answers:
-    """The annotations received so far; those that cannot be learned from are set aside with their reason."""
+    """The annotations received so far; those that cannot be learned from are set aside with their reason.
+
+    A task on which a first panel of labelers disagrees is not answered until somebody else has looked at it, too.
+    """
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
     latest = {task["id"]: task for task in _read_lines(round_.annotations)}  # later lines replace earlier ones
-    corrections, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
+    opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
+    panel = max(2, config.labelers_per_task)
+    corrections, disputes = settle(opinions, panel)
+    again = [dispute.opinions[-1].task for dispute in disputes if len(dispute.opinions) <= panel]
+    aside += [
+        SetAside(one.annotation, one.sample, dispute.reason, one.labeler, one.minutes)
+        for dispute in disputes
+        for one in dispute.opinions
+    ]
+    said = {number: {one["labeler"] for one in task["annotations"]} for number, task in latest.items()}
     overdue = datetime.now(UTC) > datetime.fromisoformat(state["opened"]) + timedelta(hours=config.deadline_hours)
     return Answers(
         corrections,
-        [asdict(one) for one in aside],
-        sum(bool(task["annotations"]) for task in latest.values()),
+        opinions,
+        aside,
+        {number: latest[number]["total_annotations"] + 1 for number in again},
+        sum(len(labelers) >= config.labelers_per_task for number, labelers in said.items() if number not in again),
         len(read_json(round_.tasks)["tasks"]),
         overdue and len(corrections) >= config.minimum,
     )
 
 
+@network_step
+def ask_again(place: Workspace, answers: Answers) -> None:
+    """Disputed tasks go back into the queue, for somebody who has not answered them yet."""
+    studio = label_studio(place)
+    for task_id, labelers in answers.asked_again.items():
+        studio.ask_again(task_id, labelers)
+
+
 @science_step
 def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
-    """Masks into the round's shard, corrections into the table that training reads."""
+    """Masks into the round's shard, what the labelers agree on into the table that training reads, and every single
+    annotation into the round's own table."""
     masks = {one.sample: one.mask for one in answers.corrections if one.mask is not None}
     write_arrays(round_.masks, sorted(masks.items()))
-    rows = read_corrections(place.root, withdrawn=True)
+    annotations = annotation_rows(answers.opinions, answers.set_aside)
+    write_table(round_.corrections, ANNOTATION_COLUMNS, annotations)
+    rows = still_standing(read_corrections(place.root, withdrawn=True), annotations)
     for one in answers.corrections:
-        mask = masks.get(one.sample)
-        rows[one.sample] = {
-            **{name: str(getattr(one, name)) for name in ("sample", "annotation", "revision", "labeler", "verdict")},
-            "round": str(round_.number),
-            "label": one.label or "",
-            "minutes": f"{one.minutes:.2f}",
-            "model_version": one.model_version,
-            "masks": "" if mask is None else place.relative(round_.masks),
-            "sha256": "" if mask is None else mask_sha256(mask),
-            "weight": "1",
-            "moved": "",
-        }
+        rows[one.sample] = correction_row(one, round_.number, place.relative(round_.masks))
     write_table(place.corrections, CORRECTION_COLUMNS, sorted(rows.values(), key=lambda row: row["sample"]))
 
 
@@ -496,17 +519,18 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     """Version masks and annotations, commit, tag the round, tell MLflow; the commit."""
     git, dvc, state = Git(place.root), Dvc(place.root), round_.read()
     verdicts = dict(sorted(Counter(one.verdict for one in answers.corrections).items()))
-    minutes = round(sum(one.minutes for one in answers.corrections), 2)
+    minutes = round(sum(one.minutes for one in answers.opinions), 2)
     found = {
         "collected": len(answers.corrections),
         "verdicts": verdicts,
         "minutes": minutes,
-        "set_aside": answers.set_aside,
+        "set_aside": [asdict(one) for one in answers.set_aside],
     }
     round_.write({**state, **found, "state": "closed", "closed": state.get("closed") or _now()})
     versioned = dvc.add([place.relative(round_.annotations), place.relative(round_.masks)])
     dvc.push()
-    paths = [*versioned, place.relative(round_.state), place.relative(place.corrections)]
+    tables = (round_.state, round_.corrections, place.corrections)
+    paths = [*versioned, *map(place.relative, tables)]
     commit = git.commit(paths, f"[round {round_.number}] Learn from {len(answers.corrections)} corrections")
     tracker, run = tracker_of(place), state["mlflow_runs"]["round"]
     tracker.tag(run, {"abnloop.round_commit": commit, "abnloop.tag": round_.tag})
@@ -517,7 +541,12 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     return commit
 
 
-def simulate_labelers(place: Workspace, faults: Faults = Faults(), seed: int = 0) -> Counter[str]:  # noqa: B008
+def simulate_labelers(
+    place: Workspace,
+    faults: Faults = Faults(),  # noqa: B008
+    seed: int = 0,
+    labelers: int = 1,
+) -> Counter[str]:
     """Simulated labelers answer what is open through Label Studio's API; how often each verdict was given.
 
     They know the masks that `abnloop init` set aside for them. Raises ValueError where there are none, or where no
@@ -535,7 +564,8 @@ def simulate_labelers(place: Workspace, faults: Faults = Faults(), seed: int = 0
     def say(done: int, total: int) -> None:
         report("simulated labelers: tasks", done, total)
 
-    return simulate(label_studio(place), asked["project"], asked["tasks"].values(), masks, faults, seed, say)
+    people = simulated_labelers(place, label_studio(place), labelers)
+    return simulate(people, asked["project"], asked["tasks"].values(), masks, faults, seed, say)
 
 
 # --- shared --------------------------------------------------------------------------------------------------------

@@ -211,6 +211,11 @@ class Workspace:
         return self.state / "inbox.db"
 
     @property
+    def simulated_labelers(self) -> Path:
+        """The access tokens of their accounts."""
+        return self.state / "simulated_labelers.json"
+
+    @property
     def secrets(self) -> Path:
         return self.state / "secrets.json"
 

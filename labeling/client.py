@@ -13,12 +13,14 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+import re
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 import label_studio_sdk
@@ -55,7 +57,8 @@ class LabelStudio:
         self._patience = patience
         # A proxy for the outer world must not see calls to this machine.
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        http = httpx.Client(timeout=60, follow_redirects=True, trust_env=not local)
+        self._trust_env = not local
+        http = httpx.Client(timeout=60, follow_redirects=True, trust_env=self._trust_env)
         weakref.finalize(self, http.close)
         try:
             # Untyped: what the SDK declares is the hosted edition, not what a community server takes and answers.
@@ -70,8 +73,41 @@ class LabelStudio:
         self._call(self._api.users.whoami)
         return str(self._call(self._api.versions.get).release)
 
-    def ensure_project(self, title: str, screen: str, instructions: str) -> int:
-        """The id of the project called `title`: made once, its screen and instructions kept up to date."""
+    def who(self) -> str:
+        """The email of the owner of the token."""
+        return str(self._call(self._api.users.whoami).email)
+
+    def emails(self) -> set[str]:
+        """Of everybody who has an account, in lower case."""
+        return {user.email.lower() for user in self._call(self._api.users.list)}
+
+    def invite(self, email: str, password: str) -> None:
+        """Make an account that can log in and sees every project, as if its owner had followed an invitation.
+
+        Raises ValueError where there is one of that email already, or the server does not like email or password.
+        """
+        path = self._call(self._api.organizations.invites.get_invite_link).invite_url
+        page = urljoin(self.url, path)
+
+        # No retry: where the answer got lost, the account may be there, and the second try would be refused.
+        with httpx.Client(timeout=60, trust_env=self._trust_env) as http:
+            try:
+                http.get(page)
+                form = {"email": email, "password": password, "csrfmiddlewaretoken": http.cookies["csrftoken"]}
+                answer = http.post(page, data=form, headers={"Referer": page})
+            except httpx.TransportError as error:
+                raise self._explained(error) from error
+        if answer.status_code != 302:
+            refused = " ".join(re.findall(r"<li>(.*?)</li>", answer.text, re.DOTALL)) or f"({answer.status_code})"
+            raise ValueError(f"Label Studio at {self.url} made no account for {email}: {unescape(refused)}")
+
+    def ensure_project(self, title: str, screen: str, instructions: str, labelers_per_task: int = 1) -> int:
+        """The id of the project called `title`: made once, its screen and instructions kept up to date.
+
+        A task is done when `labelers_per_task` people have answered it. Whoever asks for the next task gets one at
+        random among those that are not done, so that the order of a batch leads nobody; with several labelers a task,
+        first one that somebody else has already answered.
+        """
         if not 3 <= len(title) <= 50:
             raise ValueError(f"the project title {title!r} must have 3 to 50 characters")
         settings = {
@@ -80,6 +116,8 @@ class LabelStudio:
             "show_instruction": True,
             "show_collab_predictions": True,
             "enable_empty_annotation": False,
+            "maximum_annotations": labelers_per_task,
+            "sampling": "Uniform sampling",
         }
 
         def ensure() -> int:
@@ -186,15 +224,27 @@ class LabelStudio:
         """One task with its annotations and predictions, as plain JSON."""
         return _plain(self._call(lambda: self._api.tasks.get(id=task_id)))
 
+    def ask_again(self, task_id: int, labelers: int) -> None:
+        """Put a task back into the queue until `labelers` people have answered it; nobody gets it twice."""
+
+        def reopen() -> None:
+            if self._api.tasks.get(id=task_id).overlap != labelers:
+                self._api.tasks.update(id=task_id, overlap=labelers, is_labeled=False)
+
+        self._call(reopen)
+
     def annotate(
         self,
         task_id: int,
         result: Sequence[dict[str, Any]],
         lead_time: float,
         parent_prediction: int | None = None,
+        skip: bool = False,
     ) -> None:
-        """Submit an annotation as the owner of the token; `lead_time` in seconds."""
-        known = {} if parent_prediction is None else {"parent_prediction": parent_prediction}
+        """Submit an annotation as the owner of the token, or skip the task; `lead_time` in seconds."""
+        known: dict[str, Any] = {"was_cancelled": True} if skip else {}
+        if parent_prediction is not None:
+            known["parent_prediction"] = parent_prediction
         # The server refuses a second annotation of the same name, so an answer that got lost does no harm.
         name = str(uuid.uuid4())
 
@@ -225,6 +275,10 @@ class LabelStudio:
     def set_draft_results(self, draft: int, results: Sequence[dict[str, Any]]) -> None:
         """Replace what is stored in a draft."""
         self._call(self._request, "PATCH", f"api/drafts/{draft}/", {"result": list(results)})
+
+    def leave_draft(self, task: int, results: Sequence[dict[str, Any]], lead_time: float) -> None:
+        """Save an answer without submitting it, as the editor does while one works; `lead_time` in seconds."""
+        self._call(self._request, "POST", f"api/tasks/{task}/drafts", {"result": list(results), "lead_time": lead_time})
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """A call that the SDK has no method for."""

@@ -18,7 +18,7 @@ from flows.cli import main
 PROJECT = Path(__file__).resolve().parent.parent
 IN_A_WORKSPACE = [
     *("up", "down", "doctor", "round open", "round collect", "round status", "simulate", "serve"),
-    *("lineage", "withdraw --round 1 --why test"),
+    *("lineage", "withdraw --round 1 --why test", "labelers invite a@b.example", "labelers report"),
 ]
 
 
@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_workspace_is_named(refusal: Refuse, tmp_path: Path,
     assert said.startswith(f"{tmp_path} is not a workspace") and "make one with `abnloop init`" in said
 
 
-@pytest.mark.parametrize("command", ["round open", "round collect", "simulate", "serve"])
+@pytest.mark.parametrize("command", ["round open", "round collect", "labelers invite a@b.example", "simulate", "serve"])
 def test_services_that_are_down_are_named_with_the_remedy(refusal: Refuse, workspace: Path, command: str) -> None:
     said = refusal(*command.split(), "--workspace", str(workspace), watch=workspace)
     assert said == "Label Studio is down; start it with `abnloop up`"
@@ -191,6 +191,11 @@ def test_init_refuses_and_leaves_nothing_behind(
     assert reason in said
 
 
+def test_simulated_labelers_have_no_other_faults_than_those_named(refusal: Refuse, workspace: Path) -> None:
+    said = refusal("simulate", "--faults", "drunk", "--workspace", str(workspace), watch=workspace)
+    assert said == "--faults is 'drunk'; choose none, careful, careless, hasty"
+
+
 def test_the_demo_refuses_a_folder_that_is_not_its_own(refusal: Refuse, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     said = refusal("demo", "--workspace", str(tmp_path), watch=tmp_path)
@@ -211,7 +216,10 @@ def test_a_mistyped_command_is_refused_with_its_usage(abnloop: Run, words: list[
 
 @pytest.mark.parametrize(
     "command",
-    ["round open", "round collect", "round status", "simulate", "serve", "demo", "lineage", "withdraw"],
+    [
+        *("round open", "round collect", "round status", "labelers invite", "labelers report"),
+        *("simulate", "serve", "demo", "lineage", "withdraw"),
+    ],
 )
 def test_help_teaches_with_an_example(abnloop: Run, command: str) -> None:
     code, out, _ = abnloop(*command.split(), "--help")

@@ -49,7 +49,12 @@ if TYPE_CHECKING:  # both read their settings when they are imported: first the 
 
     from flows.rounds import Collected, Opened
 
-pytestmark = [pytest.mark.studio, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.studio,
+    pytest.mark.timeout(300),
+    # The SDK exchanges the personal tokens of simulated labelers with a call that pydantic 2 has renamed.
+    pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated"),
+]
 
 PROJECT = Path(__file__).resolve().parent.parent
 CLASSES, COUNTS = ("0", "1", "7"), {"train": 30, "val": 8, "test": 8}  # pictures a class
@@ -403,19 +408,30 @@ class Second:
     said: list[str]  # by open, simulate, collect
     seen: Open
     reproduced: subprocess.CompletedProcess[str]  # dvc repro while the round is open
+    disputed: int  # the task that a second labeler answered otherwise
+    disagreed: Collected  # then
 
 
 @pytest.fixture(scope="module")
 def second(place: Workspace, closed: Close) -> Second:
-    """The second round, by the commands."""
-    from flows.rounds import Opened
+    """The second round, by the commands. Two labelers share the work; they disagree on one task, a third decides."""
+    from flows.people import simulated_labelers
+    from flows.rounds import Opened, collect_round, label_studio, simulate_labelers
 
     said = [abnloop(place, "round", "open")]
     state = place.round(2).read()
     seen = look_at_open(place, Opened(2, True, BUDGET, state["promoted"], state["gate"]))
     reproduced = tool(place, "dvc", "repro")
-    said += [abnloop(place, "simulate"), abnloop(place, "round", "collect")]
-    return Second(said, seen, reproduced)
+    said.append(abnloop(place, "simulate", "--labelers", "2"))
+    one, other = simulated_labelers(place, label_studio(place), 2)
+    disputed = max(seen.tasks)
+    (answer,) = one.task(disputed)["annotations"]
+    late = other if answer["completed_by"]["email"] == one.who() else one
+    late.annotate(disputed, verdict_results("unusable"), 4.0)
+    disagreed = collect_round(str(place.root))
+    assert simulate_labelers(place, labelers=3).total() == 1
+    said.append(abnloop(place, "round", "collect"))
+    return Second(said, seen, reproduced, disputed, disagreed)
 
 
 @pytest.fixture(scope="module")
@@ -593,8 +609,30 @@ def test_the_table_and_the_masks_agree(place: Workspace, second: Second) -> None
             assert {sample: mask_sha256(masks[sample]) for sample in masks.files} == named
     for row in rows.values():
         assert bool(row["masks"]) == (row["verdict"] in ("map_ok", "map_fixed", "whole_image"))
-        assert row["labeler"] == services.EMAIL and float(row["minutes"]) > 0
+        assert float(row["minutes"]) > 0
         assert row["model_version"] == f"v{row['round']}"
+
+
+def test_a_dispute_keeps_a_round_open_until_somebody_else_has_looked(place: Workspace, second: Second) -> None:
+    assert (second.disagreed.closed, second.disagreed.answered, second.disagreed.set_aside) == (False, BUDGET - 1, 2)
+    sample = second.seen.tasks[second.disputed]["data"]["sample"]
+    row = read_corrections(place.root)[sample]
+    people = [services.EMAIL, "simulated-2@example.com", "simulated-3@example.com"]
+    assert sorted(row["labeler"].split()) == people and row["verdict"] != "unusable"
+    assert 0 < float(row["weight"]) <= 2 / 3
+    assert next(one for one in read_manifest(place.root) if one.id == sample).weight == float(row["weight"])
+
+
+def test_every_annotation_of_a_round_is_in_its_table(place: Workspace, second: Second) -> None:
+    for number, amount in ((1, BUDGET), (2, BUDGET + 2)):
+        table = read_csv(place.round(number).corrections)
+        lines = [json.loads(line) for line in place.round(number).annotations.read_text().splitlines()]
+        assert {row["annotation"] for row in table} == {str(one["id"]) for task in lines for one in task["annotations"]}
+        assert len(table) == amount
+        learned = {name for row in read_corrections(place.root).values() for name in row["annotation"].split()}
+        assert {row["annotation"] for row in table if not row["set_aside"]} <= learned
+    report = json.loads(abnloop(place, "labelers", "report", "--json"))
+    assert sum(one["tasks"] + one["set_aside"] for one in report) == 2 * BUDGET + 2
 
 
 def test_collecting_that_was_killed_is_finished_by_the_next(place: Workspace, closed: Close) -> None:
@@ -1022,8 +1060,8 @@ def eventually(look: Callable[[], Any], seconds: float = 20) -> Any:
 def test_flow_runs_end_as_they_went(second: Second) -> None:
     opened, collected = flow_runs("open-round"), flow_runs("collect-round")
     # Opened: gone on after the kill, twice while it was open, the second round. Collected: before and with a part of
-    # the answers, finished after the kill, once more, the second round.
-    assert {state: len(runs) for state, runs in collected.items()} == {"COMPLETED": 5, "CRASHED": 1}
+    # the answers, finished after the kill, once more, the second round with a dispute and without.
+    assert {state: len(runs) for state, runs in collected.items()} == {"COMPLETED": 6, "CRASHED": 1}
     assert len(opened["COMPLETED"]) == 4 and len(opened["CRASHED"]) == 1
     assert set(opened) == {"COMPLETED", "CRASHED", "FAILED"}
 

@@ -34,10 +34,10 @@ SAME_OBJECT_IOU = 0.5
 class Correction:
     """What one labeler said about one sample.
 
-    `revision` is the annotation's time of change, `label` the right class where the verdict is label_wrong,
-    `minutes` the time at the screen without idle time, `mask` (height, width) uint8 0..255 where the verdict has
-    one, and `moved` 0..1 how far that mask lies from the map that was shown: 0 is the map itself, 1 shares nothing
-    with it, None where there is no mask or nothing was shown.
+    `revision` is the annotation's time of change, `label` the right class where the verdict is label_wrong or the
+    picture had none, `minutes` the time at the screen without idle time, `mask` (height, width) uint8 0..255 where the
+    verdict has one, and `moved` 0..1 how far that mask lies from the map that was shown: 0 is the map itself, 1 shares
+    nothing with it, None where there is no mask or nothing was shown.
     """
 
     sample: str
@@ -161,9 +161,7 @@ def _mean(masks: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def _side(correction: Correction) -> str | None:
-    if correction.mask is not None:
-        return "mask"
-    return correction.label or correction.verdict
+    return correction.label or ("mask" if correction.mask is not None else correction.verdict)
 
 
 def _iou(one: np.ndarray, other: np.ndarray) -> float:
@@ -196,17 +194,8 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
     if verdict not in VERDICTS:
         raise ValueError(f"unknown verdict {verdict!r}")
 
-    label = None
-    if verdict == "label_wrong":
-        key = _choice(results, "new_class")
-        if key is None:
-            raise ValueError("the class is said to be wrong, but no class was chosen")
-        label = class_name(key)
-        if label not in classes:
-            raise ValueError(f"unknown class {label!r}")
-
     shown = _shown(task, annotation)
-    mask = None
+    label, mask = _label(task, results, verdict, classes), None
     if verdict == "whole_image":
         mask = np.full((height, width), 255, np.uint8)
     elif verdict in ("map_ok", "map_fixed", "all_but_map"):
@@ -219,6 +208,10 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
             mask = np.where(mask >= INSIDE, 0, 255).astype(np.uint8)
         if not (mask >= INSIDE).any():
             raise ValueError("empty mask")
+    elif verdict == "label_wrong" and _painted(results):
+        mask = read_mask(results, height, width)
+        if mask is not None and not (mask >= INSIDE).any():
+            mask = None
     return Correction(
         sample=data["sample"],
         task=task["id"],
@@ -232,6 +225,30 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
         moved=_moved(mask, shown),
         mask=mask,
     )
+
+
+def _label(
+    task: Mapping[str, Any], results: Sequence[Mapping[str, Any]], verdict: str, classes: Sequence[str]
+) -> str | None:
+    """The class that the labeler gives the picture: the chosen one, or, where the picture had none and the evidence for
+    the network's answer was shown or painted, that answer."""
+    if verdict == "label_wrong":
+        key = _choice(results, "new_class")
+        if key is None:
+            raise ValueError("the class is said to be wrong, but no class was chosen")
+        label = class_name(key)
+    elif verdict != "unusable" and (asked := task.get("meta") or {}).get("label") == "":
+        label = asked["predicted"]
+    else:
+        return None
+    if label not in classes:
+        raise ValueError(f"unknown class {label!r}")
+    return label
+
+
+def _painted(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a region is not as the network had it."""
+    return any(result.get("from_name") == "mask" and result.get("origin") != "prediction" for result in results)
 
 
 def _shown(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from labeling.masks import decode_png, decode_rle, encode_png, encode_rle
-from labeling.screen import LABEL, Tool, class_key
+from labeling.screen import LABEL, VERDICTS, Tool, class_key
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def heatmap(image: np.ndarray, attention_map: np.ndarray) -> np.ndarray:
 
 def _on_file(question: Question) -> str:
     if not question.label:
-        return "no label yet · 未登録"
+        other = list(VERDICTS).index("label_wrong") + 1
+        english = f"no label yet: 1 to {other - 1} confirm the network's, {other} chooses another"
+        return f"{english} · 未登録：1〜{other - 1}で予測を確定"
     share = "" if question.label_confidence is None else f" {question.label_confidence:.0%}"
     return f"{question.label}{share}"

@@ -114,6 +114,30 @@ def test_a_wrong_label_carries_the_right_class(name: str) -> None:
     assert (correction.verdict, correction.label, correction.mask) == ("label_wrong", name, None)
 
 
+@pytest.mark.parametrize("verdict", ["map_ok", "map_fixed", "whole_image"])
+def test_a_verdict_on_the_map_of_a_picture_without_a_label_confirms_the_networks_answer(verdict: str) -> None:
+    answer = an_annotation([mask_result(disc(), "bitmask"), *verdict_results(verdict)])
+    (correction,), _ = read_corrections([a_task(answer, label="")], CLASSES)
+    assert correction.label == "dog" and correction.mask is not None
+    (correction,), _ = read_corrections([a_task(answer)], CLASSES)
+    assert correction.label is None
+    (correction,), _ = read_corrections([a_task(an_annotation(verdict_results("unusable")), label="")], CLASSES)
+    assert correction.label is None
+
+
+def test_a_class_and_a_painted_mask_come_together() -> None:
+    shown = mask_result(disc(), "bitmask")
+    for origin, kept in (("prediction", False), ("prediction-changed", True)):
+        answer = an_annotation([{**shown, "origin": origin}, *verdict_results("label_wrong", "犬")])
+        (correction,), _ = read_corrections([a_task(answer, label="")], CLASSES)
+        assert correction.label == "犬" and (correction.mask is not None) == kept
+    nothing = {**mask_result(np.zeros((HEIGHT, WIDTH), np.uint8), "bitmask"), "origin": "prediction-changed"}
+    (correction,), _ = read_corrections(
+        [a_task(an_annotation([nothing, *verdict_results("label_wrong", "cat")]))], CLASSES
+    )
+    assert (correction.label, correction.mask) == ("cat", None)
+
+
 def test_an_unusable_picture_needs_no_mask() -> None:
     (correction,), _ = read_corrections([a_task(an_annotation(verdict_results("unusable")))], CLASSES)
     assert (correction.verdict, correction.mask) == ("unusable", None)

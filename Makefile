@@ -9,7 +9,7 @@ STUDIO := .venv-label-studio
 # The versions that a lock already names are kept: it changes only as far as what it is made of does.
 compile = $(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 \
 	--custom-compile-command "make lock" $(UPGRADE) $(1) --output-file $(2)
-PROJECT := --group dev --extra cluster pyproject.toml
+PROJECT := --group dev --extra cluster --extra pretrained pyproject.toml
 
 .PHONY: help setup demo test check lock clean chromium
 .DELETE_ON_ERROR:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from flows.rounds import Collected, Idle, Opened
     from flows.workspace import Workspace
 
 app = typer.Typer(
@@ -170,12 +171,8 @@ def round_open(workspace: WorkspaceOption = Path()) -> None:
     from flows.rounds import open_round
 
     with _listening():
-        opened = open_round(str(place.root))
-    if not opened.new:
-        console.print(f"round {opened.round} is open already; `abnloop round collect` takes its answers in")
-        return
-    console.print(f"{'promoted' if opened.promoted else 'refused'}: {escape(opened.why)}")
-    console.print(f"round {opened.round}: {opened.tasks} tasks wait in Label Studio")
+        result = open_round(str(place.root))
+    _say(result)
 
 
 @rounds.command("collect")
@@ -188,15 +185,30 @@ def round_collect(workspace: WorkspaceOption = Path()) -> None:
     from flows.rounds import collect_round
 
     with _listening():
-        got = collect_round(str(place.root))
-    if not got.tasks:
-        console.print("no round is open, there is nothing to collect; open one with `abnloop round open`")
-    elif not got.closed:
-        console.print(f"round {got.round}: {got.answered} of {got.tasks} tasks are answered; it stays open")
-    else:
-        console.print(
-            f"round {got.round} is closed with {got.corrections} corrections, {got.set_aside} set aside: {got.commit}"
-        )
+        result = collect_round(str(place.root))
+    _say(result)
+
+
+@rounds.command("reconcile")
+def round_reconcile(
+    workspace: WorkspaceOption = Path(),
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without losing anything.")] = False,
+) -> None:
+    """Compare Label Studio, DVC, git and MLflow. Exit code 1 where a difference is left.
+
+    Example: `abnloop round reconcile --workspace leaves --fix`
+    """
+    place = _connected(workspace)
+    from flows.reconcile import reconcile
+
+    differences = reconcile(place, fix)
+    table = Table("where", "what", "remedy", show_lines=True)
+    for one in differences:
+        left = f"{escape(one.remedy)}{' [dim](--fix does it)[/]' if one.mend else ''}"
+        table.add_row(one.where, escape(one.what), "[green]mended[/]" if one.mended else left)
+    console.print(table if differences else "[green]Label Studio, DVC, git and MLflow agree[/]")
+    if any(not one.mended for one in differences):
+        raise typer.Exit(1)
 
 
 @rounds.command("status")
@@ -470,6 +482,13 @@ def main() -> None:
             raise
         print(f"abnloop: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _say(result: Opened | Collected | Idle) -> None:
+    """What a flow did, in its own words; that somebody else has the workspace is an error to who asked for a round."""
+    if getattr(result, "in_use", False):
+        raise ValueError(str(result))
+    console.print(escape(str(result)))
 
 
 def _connected(directory: Path) -> Workspace:

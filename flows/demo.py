@@ -95,14 +95,14 @@ def clear(directory: Path) -> None:
 
 
 def _round(place: Workspace, number: int) -> Look:
-    from flows.rounds import collect_round, open_round, simulate_labelers
+    from flows.rounds import Collected, Opened, collect_round, open_round, simulate_labelers
 
     opened = open_round(str(place.root))
-    assert opened.round == number
+    assert isinstance(opened, Opened) and opened.round == number
     look = _look(place, number)
     simulate_labelers(place)
     collected = collect_round(str(place.root))
-    assert collected.closed
+    assert isinstance(collected, Collected) and collected.closed
     return look
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from prefect import flow, get_run_logger
+from prefect.states import Completed
 
 from abn.data import as_rgb
 from abn.manifest import MANIFEST_COLUMNS
 from flows.answering import thumbnail
 from flows.inbox import Inbox, Kept, nearest, open_inbox
 from flows.ingest import Source, content_of, copy_picture, read_source
-from flows.rounds import state_of
+from flows.rounds import Idle, held, state_of
 from flows.versions import Dvc, Git
-from flows.workspace import Workspace, open_workspace, read_table, write_table
+from flows.workspace import InUse, Workspace, open_workspace, read_table, write_table
 
 CAPTURED_COLUMNS = ("sample", "captured", "why", "predicted", "confidence", "model_version", "right_class")
 
@@ -34,11 +35,16 @@ class Ingested:
 
 
 @flow(name="ingest")
-def ingest_flow(workspace: str = ".") -> Ingested:
-    """`ingest` on a schedule."""
-    done = ingest(open_workspace(workspace))
-    get_run_logger().info(in_words(done))
-    return done
+def ingest_flow(workspace: str = ".") -> Ingested | Idle:
+    """`ingest` on a schedule; where another run holds the workspace, this one ends at once."""
+    done: Ingested | Idle
+    try:
+        done = ingest(open_workspace(workspace))
+        said = in_words(done)
+    except InUse as in_use:
+        done, said = Idle(str(in_use), in_use=True), str(in_use)
+    get_run_logger().info(said)
+    return Completed(message=said, data=done)  # type: ignore[return-value]  # Prefect takes out the data
 
 
 def ingest(place: Workspace) -> Ingested:
@@ -49,7 +55,7 @@ def ingest(place: Workspace) -> Ingested:
     from which nothing may learn. Killed anywhere, the next call begins anew. Raises ValueError where the manifest has
     changes of somebody else's.
     """
-    with place.lock("ingest"):
+    with held(place, "ingest"):
         inbox = open_inbox(place)
         kept, latest = inbox.pictures(), place.latest()
         if latest and state_of(place, latest) != "closed":

@@ -6,6 +6,7 @@ import argparse
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from abn.manifest import read_manifest
 from flows.api import make_router
 from flows.champion import Champion
+from flows.hints import Hints
 from flows.inbox import open_inbox
 from flows.services import label_studio_access, live_secret
 from flows.workspace import Workspace, open_workspace
@@ -63,11 +65,16 @@ class Answers:
 
 
 def create_service(workspace: Workspace) -> FastAPI:
-    """The service of a workspace: strokes, and other programs, are answered by its champion, masks stay live."""
+    """The service of a workspace: its champion answers strokes and programs, masks stay live, a webhook collects."""
     champion = Champion(workspace)
     champion.version()  # begins to load
-    liveness = Liveness(lambda: LabelStudio(*label_studio_access(workspace)))
-    app = create_app(Answers(workspace, champion), live_secret(workspace), liveness.on_hint, liveness.on_stroke)
+    liveness, hints = Liveness(lambda: LabelStudio(*label_studio_access(workspace))), Hints(workspace)
+
+    def on_hint(payload: dict[str, Any]) -> None:
+        hints(payload)
+        liveness.on_hint(payload)
+
+    app = create_app(Answers(workspace, champion), live_secret(workspace), on_hint, liveness.on_stroke)
     app.include_router(make_router(champion.current, open_inbox(workspace)))
     return app
 

@@ -11,11 +11,12 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
+from prefect.states import Completed
 
 from abn.config import load_section, read_params
 from abn.manifest import (
@@ -43,11 +45,14 @@ from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
 from flows.lineage import DATA, find_round, learned_withdrawn, record, trace
 from flows.lineage_report import as_json, describe, describe_history, draw
 from flows.people import ANNOTATION_COLUMNS, annotation_rows, correction_row, simulated_labelers, still_standing
+from flows.processes import stop_marked
 from flows.progress import report
 from flows.services import addresses
+from flows.stopping import StopConfig, reason_to_stop
 from flows.tracking import STAGES, Tracker
-from flows.versions import Dvc, Git
+from flows.versions import HOLDER, Dvc, Git, holder_mark
 from flows.workspace import (
+    InUse,
     Round,
     Workspace,
     open_workspace,
@@ -65,6 +70,7 @@ from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
 GPU = "abnloop-gpu"  # Prefect's limit of trainings at once
+LEASE = 60.0  # seconds after which a dead run's slot is free
 network_step = task(retries=3, retry_delay_seconds=[2, 10, 30], cache_policy=NO_CACHE, persist_result=False)
 science_step = task(cache_policy=NO_CACHE, persist_result=False)
 
@@ -92,23 +98,36 @@ class LabelingConfig:
 
 
 # What a round reads of params.yaml beside a training's own, looked at before anything begins.
-SECTIONS = {"project": ProjectConfig, "predict": PredictConfig, "gate": GateConfig, "labeling": LabelingConfig}
+SECTIONS = {
+    "project": ProjectConfig,
+    "predict": PredictConfig,
+    "gate": GateConfig,
+    "labeling": LabelingConfig,
+    "stop": StopConfig,
+}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What `open_round` did. `new` is False where a round was open already."""
+    """What `open_round` did. `new` is False where a round was open already; `stopped` says why nobody was asked."""
 
     round: int
     new: bool
     tasks: int
     promoted: bool
     why: str
+    stopped: str = ""
+
+    def __str__(self) -> str:
+        if not self.new:
+            return f"round {self.round} is open already; `abnloop round collect` takes its answers in"
+        asked = f"asks nobody: {self.stopped}" if self.stopped else f"{self.tasks} tasks wait in Label Studio"
+        return f"{'promoted' if self.promoted else 'refused'}: {self.why}\nround {self.round}: {asked}"
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect_round` found. `round` is 0 where none was open."""
+    """What `collect_round` found in the round that was open."""
 
     round: int
     closed: bool
@@ -118,43 +137,108 @@ class Collected:
     set_aside: int
     commit: str
 
+    def __str__(self) -> str:
+        if not self.closed:
+            return f"round {self.round}: {self.answered} of {self.tasks} tasks are answered; it stays open"
+        return (
+            f"round {self.round} is closed with {self.corrections} corrections, "
+            f"{self.set_aside} set aside: {self.commit}"
+        )
+
+
+@dataclass(frozen=True)
+class Idle:
+    """There was nothing to do, or, `in_use`, somebody else does it."""
+
+    why: str
+    in_use: bool = False
+
+    def __str__(self) -> str:
+        return self.why
+
+
+Result = TypeVar("Result", Opened, Collected)
+
 
 @flow(name="open-round")
-def open_round(workspace: str = ".") -> Opened:
+def open_round(workspace: str = ".") -> Opened | Idle:
     """Train, evaluate, judge, choose whom to ask, and put the batch before the labelers. Then end."""
-    place = open_workspace(workspace)
-    with place.lock("round open"):
-        new = check_before_opening(place)
-        if new:
-            round_ = begin(place)
-            reproduce(place, round_)
-            weigh(place, round_)
-            decide(place, round_)
-            ask(place, round_)
-        keep(place)
-        return _opened(place, new)
+    return _alone("round open", workspace, _open)
 
 
 @flow(name="collect-round")
-def collect_round(workspace: str = ".") -> Collected:
+def collect_round(workspace: str = ".") -> Collected | Idle:
     """Pull what was answered since the last time; close the round when its batch is complete or overdue."""
-    place = open_workspace(workspace)
-    with place.lock("round collect"):
-        round_ = place.latest()
-        state = state_of(place, round_)
-        if round_ is None or state not in ("open", "unsealed"):
-            get_run_logger().info("no round is open, there is nothing to collect")
-            return Collected(round_.number if round_ else 0, True, 0, 0, 0, 0, "")
-        if state == "open":
-            keep(place)  # unless opening was interrupted before that, there is nothing to do
-            pull(place, round_)
+    return _alone("round collect", workspace, _collect)
+
+
+def _open(place: Workspace) -> Opened | Idle:
+    if why := nothing_to_open(place):
+        return Idle(why)
+    new = check_before_opening(place)
+    if new:
+        round_ = begin(place)
+        reproduce(place, round_)
+        weigh(place, round_)
+        decide(place, round_)
+        ask(place, round_)
+    keep(place)
+    return _opened(place, new)
+
+
+def _collect(place: Workspace) -> Collected | Idle:
+    back_up(place)  # what the remote did not take the last time
+    round_ = place.latest()
+    state = state_of(place, round_)
+    if round_ is None or state not in ("open", "unsealed"):
+        return Idle("no round is open, there is nothing to collect; open one with `abnloop round open`")
+    if state == "open":
+        keep(place)  # unless opening was interrupted before that, there is nothing to do
+        pull(place, round_, list(read_json(round_.tasks)["tasks"].values()))
         answers = read_answers(place, round_)
-        if state == "open" and not answers.complete and not answers.overdue:
+        if not answers.complete and not answers.overdue:
             ask_again(place, answers)
-            get_run_logger().info("%d of %d tasks are answered", answers.answered, answers.tasks)
             return _collected(round_, answers, closed=False, commit="")
-        learn_from(place, round_, answers)
-        return _collected(round_, answers, closed=True, commit=seal(place, round_, answers))
+        pull(place, round_, _earlier_tasks(place, round_))
+    answers = read_answers(place, round_)
+    learn_from(place, round_, answers)
+    commit = seal(place, round_, answers)
+    back_up(place)
+    return _collected(round_, answers, closed=True, commit=commit)
+
+
+def _alone(command: str, workspace: str, work: Callable[[Workspace], Result | Idle]) -> Result | Idle:
+    """What `work` gives for the workspace, held by this process alone; what it says is the message of the run's state.
+
+    Where another run holds it, this one ends at once, which is no failure.
+    """
+    place = open_workspace(workspace)
+    try:
+        with held(place, command) as left_behind:
+            if left_behind:
+                get_run_logger().warning("%s was killed; its work goes on", left_behind)
+            result = work(place)
+    except InUse as held_by_another:
+        result = Idle(str(held_by_another), in_use=True)
+    get_run_logger().info("%s", result)
+    return Completed(message=str(result), data=result)  # type: ignore[return-value]  # Prefect takes out the data
+
+
+@contextmanager
+def held(place: Workspace, command: str) -> Iterator[str]:
+    """The workspace for `command` alone, freed of what a run that was killed still held; gives that run's signature.
+
+    MLflow then says of the round that it was gone on with. Raises InUse.
+    """
+    with place.lock(command, frees=True) as left_behind:
+        if left_behind:
+            if pid := re.search(r"\(pid (\d+) ", left_behind):
+                stop_marked(HOLDER, holder_mark(int(pid[1]), place.root))  # such as a training that lost its reader
+            Git(place.root).free_index()
+            round_ = place.latest()
+            if round_ and (runs := round_.read().get("mlflow_runs")):
+                tracker_of(place).tag(runs["round"], {"abnloop.resumed": "true"})
+        yield left_behind
 
 
 State = Literal["none", "begun", "open", "unsealed", "closed"]
@@ -172,6 +256,17 @@ def state_of(place: Workspace, round_: Round | None) -> State:
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
+
+
+def nothing_to_open(place: Workspace) -> str:
+    """Why a new round would do nothing: the loop was told to stop, and nobody said anything since. Else empty."""
+    latest = place.latest()
+    if latest is None or state_of(place, latest) != "closed":
+        return ""
+    state = latest.read()
+    if not state.get("stopped") or state["collected"]:
+        return ""
+    return _stopped(place)  # a rule that was loosened since lets the loop go on
 
 
 def check_before_opening(place: Workspace) -> bool:
@@ -256,7 +351,8 @@ def reproduce(place: Workspace, round_: Round) -> None:
             if stage == watched:
                 tracker.follow(runs["train"], curve)
 
-    with concurrency(GPU, occupy=1, strict=False):
+    # The slot is a lease that is renewed as long as this process lives; a server that is away does not end a training.
+    with concurrency(GPU, occupy=1, lease_duration=LEASE, strict=False):
         Dvc(place.root).repro(on_line)
     tracker.follow(runs["train"], curve)
 
@@ -317,7 +413,7 @@ def decide(place: Workspace, round_: Round) -> None:
     version = tracker.register(runs["train"], place.model, place.root / "abn", tags)
     known = {"git_commit": head, "corrections": corrections, "model_version": str(version.version)}
     known |= {"promoted": verdict["promoted"], "gate": verdict["reason"]}
-    known |= {"metrics": metrics["test"], "control": control["test"]}
+    known |= {"metrics": metrics["test"], "validation": metrics["val"], "control": control["test"]}
     facts = trace(place, round_, {**state, **known})
     tracker.describe_version(version, tags, describe(facts))
     for run in runs.values():
@@ -366,9 +462,14 @@ def _evaluation_files(
 
 @network_step
 def ask(place: Workspace, round_: Round) -> None:
-    """Put the batch before the labelers: a task a sample, the network's own map its editable prediction."""
+    """Put the batch before the labelers: a task a sample, the network's own map its editable prediction.
+
+    Where a rule says stop, the round has learned from the last answers and asks nobody: its batch is empty.
+    """
     state, config = round_.read(), load_section(LabelingConfig, place.params, "labeling")
-    shutil.copyfile(place.batch, round_.batch)
+    stopped = _stopped(place)
+    batch = place.batch.read_text(encoding="utf-8")
+    write_atomically(round_.batch, batch.splitlines(keepends=True)[0] if stopped else batch)
     samples = {sample.id: sample for sample in read_manifest(place.root)}
     studio = label_studio(place)
     title = f"abnloop {load_section(ProjectConfig, place.params, 'project').name}"
@@ -382,11 +483,13 @@ def ask(place: Workspace, round_: Round) -> None:
     studio.attach_backend(project, known.live, "abnloop", known.live_secret)
     pushed = studio.push(project, tasks, lambda done, total: report("ask: tasks", done, total))
     write_json(round_.tasks, {"project": project, "tasks": pushed})
-    tracker_of(place).tag(state["mlflow_runs"]["round"], {"abnloop.label_studio_project": project})
+    told = {"abnloop.label_studio_project": project} | ({"abnloop.stopped": stopped} if stopped else {})
+    tracker_of(place).tag(state["mlflow_runs"]["round"], told)
     url = f"{studio.url}/projects/{project}/data?task="
     rows = [{**row, "task": f"[{pushed[row['sample']]}]({url}{pushed[row['sample']]})"} for row in _read_batch(round_)]
     create_markdown_artifact(key=f"batch-{round_.name}", markdown=_markdown(rows), description="Who is asked, and why.")
-    round_.write({**state, "state": "open", "opened": _now(), "project": project})  # last: now nothing is left to do
+    opened = {"state": "open", "opened": _now(), "project": project} | ({"stopped": stopped} if stopped else {})
+    round_.write({**state, **opened})  # last: now nothing is left to do
 
 
 @science_step
@@ -449,18 +552,32 @@ class Answers:
 
 
 @network_step
-def pull(place: Workspace, round_: Round) -> None:
-    """Append what changed in Label Studio since the last pull to annotations.jsonl, as received."""
-    asked = read_json(round_.tasks)
+def pull(place: Workspace, round_: Round, tasks: Sequence[int]) -> None:
+    """Append to annotations.jsonl, as received, those of `tasks` that changed since they were last pulled."""
+    studio, project = label_studio(place), read_json(round_.tasks)["project"]
+    changed = changed_tasks(place, studio, project, tasks)
     lines = _read_lines(round_.annotations)
-    known = {(task["id"], task["updated_at"]) for task in lines}
-    latest = max((task["updated_at"] for task in lines), default=None)
-    # A minute of overlap: a transaction may become visible after a later one.
-    since = _label_studio_time(datetime.fromisoformat(latest) - timedelta(minutes=1)) if latest else None
-    tasks = label_studio(place).answered(asked["project"], since, list(asked["tasks"].values()))
-    new = [task for task in tasks if (task["id"], task["updated_at"]) not in known]
-    write_atomically(round_.annotations, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in lines + new))
-    get_run_logger().info("%d tasks changed since %s", len(new), latest or "the start")
+    lines += studio.answered(project, task_ids=changed) if changed else []
+    write_atomically(round_.annotations, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in lines))
+    get_run_logger().info("%d of %d tasks changed", len(changed), len(tasks))
+
+
+def changed_tasks(place: Workspace, studio: LabelStudio, project: int, tasks: Sequence[int]) -> list[int]:
+    """Those of `tasks` with answers that no round has pulled.
+
+    A task changed where its time of change is another than it was, so no clock has to be right.
+    """
+    rounds = place.rounds()
+    known = {int(task): at for one in rounds for task, at in one.read().get("pulled", {}).items()}
+    if rounds and "pulled" not in rounds[-1].read():
+        known |= {task["id"]: task["updated_at"] for task in _read_lines(rounds[-1].annotations)}
+    return [task for task, at in studio.changes(project, tasks).items() if known.get(task) != at]
+
+
+def _earlier_tasks(place: Workspace, round_: Round) -> list[int]:
+    """The tasks of the rounds before: what was said of them after their round had closed enters this one."""
+    earlier = [one for one in place.rounds() if one.number < round_.number]
+    return [task for one in earlier for task in read_json(one.tasks)["tasks"].values()]
 
 
 def read_answers(place: Workspace, round_: Round) -> Answers:
@@ -469,7 +586,9 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     A task on which a first panel of labelers disagrees is not answered until somebody else has looked at it, too.
     """
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
+    asked, known = set(read_json(round_.tasks)["tasks"].values()), read_corrections(place.root, withdrawn=True)
     latest = {task["id"]: task for task in _read_lines(round_.annotations)}  # later lines replace earlier ones
+    latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
     opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
     panel = max(2, config.labelers_per_task)
     corrections, disputes = settle(opinions, panel)
@@ -479,7 +598,7 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
         for dispute in disputes
         for one in dispute.opinions
     ]
-    said = {number: {one["labeler"] for one in task["annotations"]} for number, task in latest.items()}
+    said = {task: {one["labeler"] for one in latest[task]["annotations"]} for task in asked & latest.keys()}
     overdue = datetime.now(UTC) > datetime.fromisoformat(state["opened"]) + timedelta(hours=config.deadline_hours)
     return Answers(
         corrections,
@@ -487,9 +606,18 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
         aside,
         {number: latest[number]["total_annotations"] + 1 for number in again},
         sum(len(labelers) >= config.labelers_per_task for number, labelers in said.items() if number not in again),
-        len(read_json(round_.tasks)["tasks"]),
+        len(asked),
         overdue and len(corrections) >= config.minimum,
     )
+
+
+def _is_news(round_: Round, task: Mapping[str, Any], known: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether a task of an earlier round says more of its sample than earlier rounds took in."""
+    row = known.get(task["data"]["sample"])
+    if row is None or int(row["round"]) >= round_.number:
+        return True
+    learned = datetime.fromisoformat(row["revision"])
+    return any(datetime.fromisoformat(one["updated_at"]) > learned for one in task["annotations"])
 
 
 @network_step
@@ -525,10 +653,13 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
         "verdicts": verdicts,
         "minutes": minutes,
         "set_aside": [asdict(one) for one in answers.set_aside],
+        "pulled": {task["id"]: task["updated_at"] for task in _read_lines(round_.annotations)},
     }
-    round_.write({**state, **found, "state": "closed", "closed": state.get("closed") or _now()})
+    closed = state.get("closed") or max(_now(), state["opened"])  # a clock that was set back makes no negative times
+    round_.write({**state, **found, "state": "closed", "closed": closed})
     versioned = dvc.add([place.relative(round_.annotations), place.relative(round_.masks)])
-    dvc.push()
+    if dvc.remote():
+        write_json(place.unpushed, {"since": closed, **read_json(place.unpushed)})
     tables = (round_.state, round_.corrections, place.corrections)
     paths = [*versioned, *map(place.relative, tables)]
     commit = git.commit(paths, f"[round {round_.number}] Learn from {len(answers.corrections)} corrections")
@@ -539,6 +670,21 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     tracker.finish(run)
     git.tag(round_.tag)  # last: the tag is what says that nothing is left to do
     return commit
+
+
+@science_step
+def back_up(place: Workspace) -> None:
+    """Copy to the DVC remote what it lacks. One that cannot be reached now is tried again by the next run."""
+    if not place.unpushed.is_file():
+        return
+    try:
+        Dvc(place.root).push()
+    except ValueError as error:
+        waiting = {**read_json(place.unpushed), "why": str(error)}
+        write_json(place.unpushed, waiting)
+        get_run_logger().warning("the DVC remote lacks data since %s: %s", waiting["since"], error)
+    else:
+        place.unpushed.unlink()
 
 
 def simulate_labelers(
@@ -584,8 +730,13 @@ def tracker_of(place: Workspace) -> Tracker:
 def _opened(place: Workspace, new: bool) -> Opened:
     round_ = place.latest()
     assert round_ is not None
-    state = round_.read()
-    return Opened(round_.number, new, len(read_json(round_.tasks)["tasks"]), state["promoted"], state["gate"])
+    state, tasks = round_.read(), len(read_json(round_.tasks)["tasks"])
+    return Opened(round_.number, new, tasks, state["promoted"], state["gate"], state.get("stopped", ""))
+
+
+def _stopped(place: Workspace) -> str:
+    """Why the labelers should not be asked any more, or an empty text."""
+    return reason_to_stop([one.read() for one in place.rounds()], load_section(StopConfig, place.params, "stop"))
 
 
 def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Collected:
@@ -598,11 +749,6 @@ def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Co
         len(answers.set_aside),
         commit,
     )
-
-
-def _label_studio_time(moment: datetime) -> str:
-    """The one format that its filters take."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _now() -> str:

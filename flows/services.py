@@ -92,7 +92,7 @@ class Finding:
     remedy: str
 
 
-def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 180.0) -> list[State]:
+def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 1800.0) -> list[State]:
     """Start every service that is not up, side by side, and wait until all of them answer.
 
     Fine when they are up already. Raises ValueError for a port that is taken, or with the last lines of its log for a
@@ -194,6 +194,7 @@ def connect(workspace: Workspace) -> None:
         PREFECT_HOME=str(workspace.prefect),
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
         PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL",
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30",  # seconds; flows/serve.py has a run without it called crashed
         MLFLOW_TRACKING_URI=known.mlflow,
         MLFLOW_LOGGING_LEVEL="ERROR",
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
@@ -290,6 +291,8 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            # On disk, so that a restarted server still knows whose slots it has to free.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }
         return [python, "-m", "prefect", "server", "start", *listen], env, url
     if name == "mlflow":
@@ -522,6 +525,11 @@ def _check_dvc(workspace: Workspace) -> list[Finding]:
     missing = dvc.missing()
     if missing:
         findings.append(Finding("broken", f"the DVC cache lacks {', '.join(missing)}", "`dvc pull` fetches it"))
+    if late := read_json(workspace.unpushed):
+        why = f": {late['why']}" if "why" in late else ""
+        findings.append(
+            Finding("advice", f"the DVC remote lacks data since {late['since']}{why}", "`dvc push` copies it")
+        )
     if not dvc.remote():
         findings.append(
             Finding(

@@ -85,6 +85,10 @@ class Round:
         write_json(self.state, state)
 
 
+class InUse(ValueError):
+    """Another process holds the workspace; says which."""
+
+
 class Workspace:
     """A git clone of the project with its own data, models and rounds; `root` is its folder.
 
@@ -243,6 +247,11 @@ class Workspace:
     def lock_file(self) -> Path:
         return self.state / "lock"
 
+    @property
+    def unpushed(self) -> Path:
+        """There while the DVC remote lacks something: since when, and why the last attempt failed."""
+        return self.state / "unpushed.json"
+
     def relative(self, path: Path) -> str:
         """`path` as git, DVC and the manifest write it: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
@@ -264,11 +273,13 @@ class Workspace:
         return rounds[-1] if rounds else None
 
     @contextmanager
-    def lock(self, command: str, name: str = "lock") -> Iterator[None]:
+    def lock(self, command: str, name: str = "lock", frees: bool = False) -> Iterator[str]:
         """Hold the workspace for `command`; one process at a time.
 
         `name` tells apart what is held: "lock" the rounds, "services.lock" the services, which a round may start.
-        Raises ValueError that names the holder. The kernel releases the lock when the holder ends, however it ends.
+        Raises InUse. The kernel releases the lock when the holder ends, however it ends; only one that was killed
+        leaves its signature behind. The next holder gets it (else an empty text), and leaves it for the one after
+        unless it `frees` what the killed one held.
         """
         self.state.mkdir(exist_ok=True)
         with (self.state / name).open("a+") as file:
@@ -278,17 +289,18 @@ class Workspace:
                 # The holder may be between taking the lock and signing it.
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ValueError(
-                    f"{self.root} is in use by {holder}; wait until it ends, or end that process"
-                ) from None
+                raise InUse(f"{self.root} is in use by {holder}; wait until it ends, or end that process") from None
+            file.seek(0)
+            left_behind = file.read().strip()
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
             file.write(f"`abnloop {command}` (pid {os.getpid()} on {socket.gethostname()}, since {since})")
             file.flush()
             try:
-                yield
+                yield left_behind
             finally:
                 file.truncate(0)
+                file.write("" if frees else left_behind)
 
 
 def open_workspace(root: str | Path) -> Workspace:

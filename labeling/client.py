@@ -195,19 +195,31 @@ class LabelStudio:
             self._call(lambda: self._api.projects.update(project, model_version=version))
         return found
 
-    def answered(
-        self, project: int, since: str | None = None, task_ids: Iterable[int] | None = None
-    ) -> list[dict[str, Any]]:
+    def overview(self, project: int, task_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """The tasks, all or these, as plain JSON without their annotations and predictions, which are large."""
+        if task_ids is None:
+            return list(self._list(project, [], "task_only"))
+        found: list[dict[str, Any]] = []
+        for begin in range(0, len(task_ids), PAGE):
+            these = _filter("id", "in_list", "Number", list(task_ids[begin : begin + PAGE]))
+            found += self._list(project, [these], "task_only")
+        return found
+
+    def changes(self, project: int, task_ids: Sequence[int]) -> dict[int, str]:
+        """Those of the tasks that have an annotation, a skipped one too, and when each changed last ("updated_at")."""
+        tasks = self.overview(project, task_ids)
+        return {
+            task["id"]: task["updated_at"]
+            for task in tasks
+            if task["total_annotations"] or task["cancelled_annotations"]
+        }
+
+    def answered(self, project: int, task_ids: Iterable[int] | None = None) -> list[dict[str, Any]]:
         """Tasks with at least one annotation, skipped ones too, in order of their id, as plain JSON.
 
-        `since`: only those that changed after this time of the server (a task's "updated_at"); `task_ids`:
-        only these. Each annotation has the labeler's email as "labeler".
+        `task_ids`: only these. Each annotation has the labeler's email as "labeler".
         """
-        limits = []
-        if since is not None:
-            limits.append(_filter("updated_at", "greater", "Datetime", since))
-        if task_ids is not None:
-            limits.append(_filter("id", "in_list", "Number", list(task_ids)))
+        limits = [] if task_ids is None else [_filter("id", "in_list", "Number", list(task_ids))]
         found: dict[int, dict[str, Any]] = {}
         # Skipping makes a cancelled annotation, which the count of annotations leaves out.
         for count in ("total_annotations", "cancelled_annotations"):
@@ -232,6 +244,10 @@ class LabelStudio:
                 self._api.tasks.update(id=task_id, overlap=labelers, is_labeled=False)
 
         self._call(reopen)
+
+    def delete(self, task_id: int) -> None:
+        """Remove a task with all that was said about it."""
+        self._call(lambda: self._api.tasks.delete(id=task_id))
 
     def annotate(
         self,
@@ -308,19 +324,19 @@ class LabelStudio:
                 found[sample] = min(task.id, found.get(sample, task.id))
         return found
 
-    def _list(self, project: int, filters: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    def _list(self, project: int, filters: list[dict[str, Any]], fields: str = "all") -> Iterable[dict[str, Any]]:
         """Tasks page by page, each page its own call."""
         page = 1
         while True:
-            items = self._call(self._page, project, _query(filters), page)
+            items = self._call(self._page, project, _query(filters), page, fields)
             yield from items
             if len(items) < PAGE:
                 return
             page += 1
 
-    def _page(self, project: int, query: str, page: int) -> list[dict[str, Any]]:
+    def _page(self, project: int, query: str, page: int, fields: str) -> list[dict[str, Any]]:
         try:
-            answer = self._api.tasks.list(project=project, query=query, page=page, page_size=PAGE)
+            answer = self._api.tasks.list(project=project, query=query, page=page, page_size=PAGE, fields=fields)
         except ApiError as error:
             if error.status_code == 404 and page > 1:
                 return []  # the page after the last

@@ -17,7 +17,7 @@ from flows.cli import main
 
 PROJECT = Path(__file__).resolve().parent.parent
 IN_A_WORKSPACE = [
-    *("up", "down", "doctor", "round open", "round collect", "round status", "simulate", "serve"),
+    *("up", "down", "doctor", "round open", "round collect", "round reconcile", "round status", "simulate", "serve"),
     *("lineage", "withdraw --round 1 --why test", "labelers invite a@b.example", "labelers report"),
 ]
 
@@ -91,7 +91,9 @@ def test_a_folder_that_is_no_workspace_is_named(refusal: Refuse, tmp_path: Path,
     assert said.startswith(f"{tmp_path} is not a workspace") and "make one with `abnloop init`" in said
 
 
-@pytest.mark.parametrize("command", ["round open", "round collect", "labelers invite a@b.example", "simulate", "serve"])
+@pytest.mark.parametrize(
+    "command", ["round open", "round collect", "round reconcile", "labelers invite a@b.example", "simulate", "serve"]
+)
 def test_services_that_are_down_are_named_with_the_remedy(refusal: Refuse, workspace: Path, command: str) -> None:
     said = refusal(*command.split(), "--workspace", str(workspace), watch=workspace)
     assert said == "Label Studio is down; start it with `abnloop up`"
@@ -217,7 +219,7 @@ def test_a_mistyped_command_is_refused_with_its_usage(abnloop: Run, words: list[
 @pytest.mark.parametrize(
     "command",
     [
-        *("round open", "round collect", "round status", "labelers invite", "labelers report"),
+        *("round open", "round collect", "round reconcile", "round status", "labelers invite", "labelers report"),
         *("simulate", "serve", "demo", "lineage", "withdraw"),
     ],
 )

@@ -187,13 +187,15 @@ def test_masks_and_classes_come_back_exactly(studio: LabelStudio, tool: Tool) ->
 def test_answers_are_pulled_incrementally(studio: LabelStudio) -> None:
     project = new_project(studio)
     ids = list(studio.push(project, tasks_for(questions(4))).values())
-    assert studio.answered(project) == []
+    assert studio.answered(project) == [] and studio.changes(project, ids) == {}
     studio.annotate(ids[0], verdict_results("unusable"), 1.0)
     (first,) = studio.answered(project)
-    assert studio.answered(project, since=first["updated_at"]) == []
+    assert studio.changes(project, ids) == {ids[0]: first["updated_at"]}
     studio.annotate(ids[1], verdict_results("unusable"), 1.0)
     studio.annotate(ids[2], verdict_results("unusable"), 1.0)
-    assert [task["id"] for task in studio.answered(project, since=first["updated_at"])] == ids[1:3]
+    seen = studio.changes(project, ids)
+    assert list(seen) == ids[:3] and seen[ids[0]] == first["updated_at"]
+    assert studio.changes(project, ids[1:]) == {task: seen[task] for task in ids[1:3]}
     assert [task["id"] for task in studio.answered(project, task_ids=[ids[0], ids[2], ids[3]])] == [ids[0], ids[2]]
     json.dumps(first)
 
@@ -210,7 +212,9 @@ def test_a_changed_annotation_is_pulled_again_as_a_later_revision(studio: LabelS
         headers={"Authorization": f"Token {label_studio.token}"},
         trust_env=False,
     ).raise_for_status()
-    (after,) = studio.answered(project, since=before["updated_at"])
+    (after,) = studio.answered(project)
+    assert studio.changes(project, [task]) == {task: after["updated_at"]}
+    assert after["updated_at"] > before["updated_at"]
     (correction,), _ = read_corrections([after], STRANGE)
     assert correction.verdict == "whole_image"
     assert correction.revision > before["annotations"][0]["updated_at"]

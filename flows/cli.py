@@ -447,17 +447,24 @@ def demo(
     rounds: Annotated[int, typer.Option(help="How often to train and ask.")] = 3,
     budget: Annotated[int, typer.Option(help="Pictures that labelers are asked about, a round.")] = 30,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the services up, to look around.")] = False,
+    label_yourself: Annotated[
+        bool, typer.Option("--label-yourself", help="Answer the first batch in your browser; then it goes on.")
+    ] = False,
     workspace: Annotated[Path, typer.Option("--workspace", "-w", help="Made anew each time.")] = Path("demo"),
 ) -> None:
-    """Show the whole loop on handwritten digits, with simulated labelers, in a few minutes.
+    """Show the whole loop on handwritten digits in a few minutes, with simulated labelers or with you.
 
     Example: `abnloop demo --keep`
     """
     from flows.demo import run_demo
     from flows.summary import summary_table
 
+    def invite(address: str, email: str, password: str) -> None:
+        console.print(f"the first batch is yours: [bold]{escape(address)}[/], then Label All Tasks", soft_wrap=True)
+        console.print(f"log in as [bold]{email}[/] with password [bold]{escape(password)}[/]", soft_wrap=True)
+
     with _listening():
-        summary = run_demo(_repository(), workspace, rounds, budget, keep)
+        summary = run_demo(_repository(), workspace, rounds, budget, keep, invite if label_yourself else None)
     console.print(summary_table(summary, "handwritten digits with a shortcut"))
     console.print(
         f"pictures: {escape(str(workspace / 'report.html'))}, numbers: {escape(str(workspace / 'summary.json'))}"

@@ -74,9 +74,8 @@ def labeling_screen(classes: Sequence[str], tool: Tool = "bitmask") -> str:
  <Image name="heat" value="$heatmap" zoom="false" zoomControl="false" width="100%" maxHeight="30vh"/>
  <View className="verdict"><Choices name="verdict" toName="img" choice="single-radio" required="true"
   requiredMessage="Give a verdict: keys 1 to {len(VERDICTS)}">{verdicts}</Choices></View>
- <View className="unselected" visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="map_fixed">
-  <Choices name="unselected" toName="img" readonly="true" required="true" visibleWhen="no-region-selected"
-   requiredMessage="{UNSELECTED}"><Choice value="{UNSELECTED}" hotkey="{chr(NO_KEY + 1)}"/></Choices></View>
+ <View visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="map_fixed">
+  <View className="unselected" visibleWhen="no-region-selected"><Header value="{UNSELECTED}" size="5"/></View></View>
  <View className="classes{many}" visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="label_wrong">
   {search}
   <Choices name="new_class" toName="img" choice="single-radio" required="true" layout="inline"

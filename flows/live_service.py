@@ -83,11 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Answers Label Studio: health, predictions, webhooks.")
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 for every network")
     arguments = parser.parse_args()
     # Requests come side by side, and beside a training: threads that wait for each other would slow them tenfold.
     torch.set_num_threads(1)
     app = create_service(open_workspace(arguments.workspace))
-    uvicorn.run(app, host="127.0.0.1", port=arguments.port, log_level="warning")
+    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ EMAIL = "admin@example.com"  # Label Studio wants something that looks like an a
 TITLES = {"label_studio": "Label Studio", "prefect": "Prefect", "mlflow": "MLflow", "live": "abnloop"}
 HEALTH = {"label_studio": "/health", "prefect": "/api/health", "mlflow": "/health", "live": "/health"}
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"  # the token of a Label Studio that is not ours to start
+# Where the embedded servers keep what they know, in place of SQLite and files in the workspace. They hold passwords, so
+# they come from the environment alone, under the servers' own names.
+STORES = ("PREFECT_API_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")
 
 # Those that this process started: whoever starts a process has to wait for its end.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -40,15 +43,19 @@ OnChange = Callable[[str, str], None]  # the title of a service, what became of 
 
 @dataclass(frozen=True)
 class Services:
-    """Ports; 0: any free one, kept once chosen."""
+    """Ports; 0: any free one, kept once chosen. Addresses; embedded: started by `abnloop up`."""
 
     label_studio_port: int
     prefect_port: int
     mlflow_port: int
     live_port: int
+    prefect_url: str = "embedded"
+    mlflow_url: str = "embedded"
+    live_url: str = "embedded"
 
     def __post_init__(self) -> None:
-        fixed = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name)}
+        ports = [field.name for field in fields(self) if field.name.endswith("_port")]
+        fixed = {name: getattr(self, name) for name in ports if getattr(self, name)}
         for name, port in fixed.items():
             if not 0 < port < 65536:
                 raise ValueError(
@@ -157,7 +164,7 @@ def status(workspace: Workspace) -> list[State]:
         process = _leader(record)
         answers = process is not None and _answers(record["url"] + HEALTH[name])
         if name not in wanted:
-            states.append(State(name, title, "external", _external_url(workspace), None, None))
+            states.append(State(name, title, "external", _external_url(workspace, name), None, None))
         else:
             states.append(
                 State(
@@ -179,7 +186,9 @@ def addresses(workspace: Workspace) -> Addresses:
         if not _leader(records.get(name, {})):
             raise ConnectionError(f"{TITLES[name]} is down; start it with `abnloop up`")
     url, token = label_studio_access(workspace)
-    prefect, mlflow, live = (records[name]["url"] for name in ("prefect", "mlflow", "live"))
+    prefect, mlflow, live = (
+        _external_url(workspace, name) or records[name]["url"] for name in ("prefect", "mlflow", "live")
+    )
     return Addresses(url, token, prefect + "/api", mlflow, live, live_secret(workspace))
 
 
@@ -214,7 +223,7 @@ def disconnect() -> None:
 
 def label_studio_access(workspace: Workspace) -> tuple[str, str]:
     """Label Studio's address and a token for it. Raises PermissionError where no token is known for an external one."""
-    external = _external_url(workspace)
+    external = _external_url(workspace, "label_studio")
     if not external:
         return read_json(workspace.services).get("label_studio", {}).get("url", ""), _secrets(workspace)["token"]
     token = os.environ.get(TOKEN_VARIABLE, "")
@@ -282,7 +291,8 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
             executable, workspace.label_studio, port, EMAIL, secret["password"], secret["token"], workspace.root
         )
         return studio.argv, studio.env, studio.url
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "UVICORN_"))}
+    ours = ("PREFECT_", "MLFLOW_", "UVICORN_")
+    env = {key: value for key, value in os.environ.items() if key in STORES or not key.startswith(ours)}
     env |= {"NO_PROXY": f"localhost,{HOST}", "no_proxy": f"localhost,{HOST}", "DO_NOT_TRACK": "1"}
     if name == "prefect":
         workspace.prefect.mkdir(parents=True, exist_ok=True)
@@ -297,11 +307,11 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
         return [python, "-m", "prefect", "server", "start", *listen], env, url
     if name == "mlflow":
         workspace.mlflow.mkdir(parents=True, exist_ok=True)
-        # The command builds its database before its one worker starts, and health answers after that.
-        store = ["--backend-store-uri", f"sqlite:///{workspace.mlflow / 'mlflow.db'}", "--workers", "1"]
-        artifacts = ["--artifacts-destination", str(workspace.mlflow / "artifacts")]
+        env.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{workspace.mlflow / 'mlflow.db'}")
+        env.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(workspace.mlflow / "artifacts"))
         env |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        return [python, "-m", "mlflow", "server", *listen, *store, *artifacts], env, url
+        # The command builds its database before its one worker starts, and health answers after that.
+        return [python, "-m", "mlflow", "server", *listen, "--workers", "1"], env, url
     live_secret(workspace)  # made before two processes ask for it
     # The workspace's own modules come first, those that we run from where it has none.
     env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
@@ -414,13 +424,14 @@ def _last_words(workspace: Workspace, name: str) -> str:
 
 def _wanted(workspace: Workspace) -> list[str]:
     """The services that are ours to start."""
-    return [name for name in TITLES if name != "label_studio" or not _external_url(workspace)]
+    return [name for name in TITLES if not _external_url(workspace, name)]
 
 
-def _external_url(workspace: Workspace) -> str:
-    """The address of a Label Studio that is not ours to start, or an empty text."""
-    url = read_params(workspace.params).get("labeling", {}).get("url", "embedded")
-    return "" if url == "embedded" else str(url).rstrip("/")
+def _external_url(workspace: Workspace, name: str) -> str:
+    """The address of a service that is not ours to start, or an empty text."""
+    section, key = ("labeling", "url") if name == "label_studio" else ("services", f"{name}_url")
+    url = str(read_params(workspace.params).get(section, {}).get(key, "embedded"))
+    return "" if url == "embedded" else url.rstrip("/")
 
 
 def _secrets(workspace: Workspace) -> dict[str, str]:

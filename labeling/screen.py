@@ -60,7 +60,7 @@ def labeling_screen(classes: Sequence[str], tool: Tool = "bitmask") -> str:
   <TextArea name="live" toName="live_target" editable="false" maxSubmissions="1" rows="1" showSubmitButton="false"
    placeholder="Paint or erase, and the answer for your map appears here · 塗るか消すと、ここに答えが出ます"/></View>
  <Image name="img" value="$image" zoom="true" zoomControl="true" brightnessControl="true" width="100%"
-  maxWidth="100%" maxHeight="calc(100vh - 170px)" smoothing="true"/>
+  maxWidth="100%" maxHeight="calc(100vh - 186px)" smoothing="true"/>
  <{pen} name="pen" toName="img"/>
  <{pen}Labels name="mask" toName="img" smartOnly="true">
   <Label value="{LABEL}" background="#ff2d55" selected="true" hotkey="{chr(NO_KEY)}"/>

@@ -361,8 +361,8 @@ def test_a_saved_annotation_becomes_live_again_once_and_stays_one_correction(
     liveness, hints = Liveness(lambda: studio), []
 
     def on_hint(hint: dict[str, Any]) -> None:
+        hints.append(hint["action"])  # first: what it leads to is told by another one
         liveness.on_hint(hint)
-        hints.append(hint["action"])
 
     url = serve(create_app(Double(), SECRET, on_hint))
     (task,) = studio.push(project, [a_task()]).values()

@@ -46,15 +46,11 @@ class Batch(NamedTuple):
 
 def read_image(path: str | Path, size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
     """A picture as RGB, 0..255, resized to (height, width)."""
-    with Image.open(path) as image:
-        return resize_image(as_rgb(image), size)
-
-
-def as_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture of any mode as RGB, 0..255."""
-    if image.mode.startswith("I"):  # 16 bits: conversion to RGB would clip them
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    with Image.open(path) as file:
+        image: Image.Image = file
+        if image.mode.startswith("I"):  # 16 bits: conversion to RGB would clip them
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        return resize_image(np.array(image.convert("RGB")), size)
 
 
 def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:

@@ -26,7 +26,15 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 
 from abn.config import load_section, read_params
-from abn.manifest import CORRECTION_COLUMNS, Sample, class_names, mask_sha256, read_corrections, read_manifest
+from abn.manifest import (
+    CORRECTION_COLUMNS,
+    LATER_COLUMNS,
+    Sample,
+    class_names,
+    mask_sha256,
+    read_corrections,
+    read_manifest,
+)
 from abn.predict import PredictConfig
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
@@ -415,6 +423,7 @@ def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
     for one in answers.corrections:
         mask = masks.get(one.sample)
         rows[one.sample] = {
+            **LATER_COLUMNS,
             **{name: str(getattr(one, name)) for name in ("sample", "annotation", "revision", "labeler", "verdict")},
             "round": str(round_.number),
             "label": one.label or "",
@@ -422,8 +431,6 @@ def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
             "model_version": one.model_version,
             "masks": "" if mask is None else place.relative(round_.masks),
             "sha256": "" if mask is None else mask_sha256(mask),
-            "weight": "1",
-            "moved": "",
         }
     write_table(place.corrections, CORRECTION_COLUMNS, sorted(rows.values(), key=lambda row: row["sample"]))
 

@@ -1,5 +1,4 @@
-"""Trains the network: `python -m abn.train` reads params.yaml and data/, writes results/model.pt, its history
-train.jsonl, and early.npz (abn/early.py).
+"""Trains the network: `python -m abn.train` reads params.yaml and data/, writes results/model.pt and train.jsonl.
 
 The loop is explicit and resumable: each epoch draws its randomness from (seed, epoch) alone, and the checkpoint after
 an epoch holds the weights and the optimizer, so that a run that was killed ends as if it had not been.
@@ -32,7 +31,6 @@ from abn.data import (
     epoch_batches,
     loader,
 )
-from abn.early import is_early_epoch, write_early_confidence
 from abn.files import replacing
 from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples
@@ -151,8 +149,6 @@ def train(
             optimizer.step()
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(batches)
-        if is_early_epoch(epoch, config.epochs):
-            write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         seconds = time.perf_counter() - began
         line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
         line |= {"propagated": len(pictures.drawn), "trust": pictures.trust}
@@ -294,7 +290,7 @@ def run(stage: Stage) -> None:
     settings, samples = Settings.load("params.yaml"), stage.samples()
     if stage == ROUND and samples == CONTROL.samples():
         print("nobody has said anything yet: the control is this round's model", flush=True)
-        for name in ("model.pt", "train.jsonl", "early.npz"):
+        for name in ("model.pt", "train.jsonl"):
             shutil.copyfile(CONTROL.results / name, ROUND.results / name)
         return
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from abn import cifar
-from abn.cifar import Body, convolution
+from abn import cifar, efficientnet_lite
+from abn.cifar import Body, Normal, convolution
+from abn.efficientnet_lite import EfficientNetLite0, packaged_weights
 
 
 class Parts(NamedTuple):
@@ -28,14 +29,16 @@ class Parts(NamedTuple):
     attention_stage: nn.Module
     channels: int  # of what `stage` gives
     attention_channels: int  # of what `attention_stage` gives
+    normal: Normal  # of the pictures that `extractor` is given
 
 
 def make_parts(name: str, weights: str = "none", split: str = "auto", attention: str = "full") -> Parts:
     """The backbone called `name`, cut before its piece `split`; `auto`: before its last stage.
 
-    `weights` is `none`, a name that torchvision knows (`IMAGENET1K_V2`), or a local file holding a state dict of the
-    whole torchvision network. The attention stage is, if `attention` is `full`, a copy of the stage with weights of its
-    own, which begin as the pretrained ones where there are any; if `light`, a depthwise separable 3x3 convolution.
+    `weights` is `none`, a name that torchvision knows (`IMAGENET1K_V2`), `pretrained` for efficientnet_lite0, or a
+    local file holding a state dict of the whole network. The attention stage is, if `attention` is `full`, a copy of
+    the stage with weights of its own, which begin as the pretrained ones where there are any; if `light`, a depthwise
+    separable 3x3 convolution.
     Raises ValueError for an unknown backbone or piece, or weights that do not fit.
     """
     body = make_body(name, weights)
@@ -60,7 +63,7 @@ def make_parts(name: str, weights: str = "none", split: str = "auto", attention:
             _initialise(module)
     elif attention == "light":
         _initialise(attention_stage)
-    return Parts(extractor, stage, attention_stage, body.channels, attention_channels)
+    return Parts(extractor, stage, attention_stage, body.channels, attention_channels, body.normal)
 
 
 def make_body(name: str, weights: str = "none") -> Body:
@@ -72,8 +75,24 @@ def make_body(name: str, weights: str = "none") -> Body:
                 raise ValueError(f"model.weights is {weights!r}, but {name} has none; set it to none")
             return make(*map(int, match.groups()))
         if match:
-            return make(_torchvision_network(name, weights))
+            return make(make_network(name, weights))
     raise ValueError(f"model.backbone is {name!r}; known: {', '.join(BACKBONES)}")
+
+
+def make_network(name: str, weights: str = "none") -> Any:
+    """The whole network called `name`, of torchvision or built like its own; the errors of `make_parts`."""
+    make = _lite_network if name == "efficientnet_lite0" else _torchvision_network
+    file = Path(weights)
+    if make is _lite_network and weights == "pretrained":
+        file = packaged_weights()
+    if not file.is_file():
+        return make(name, weights)
+    network = make(name, "none")
+    try:
+        network.load_state_dict(load_tensors(file))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model.weights {weights} does not fit {name}: {str(error).splitlines()[0]}") from error
+    return network
 
 
 def matches(known: str, name: str) -> re.Match[str] | None:
@@ -136,28 +155,27 @@ def _initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def _lite_network(name: str, weights: str) -> Any:
+    if weights != "none":
+        raise ValueError(f"model.weights is {weights!r}; for {name}: none, pretrained, or a local file")
+    return EfficientNetLite0()
+
+
 def _torchvision_network(name: str, weights: str) -> Any:
     import torchvision  # seconds to import, and the paper's own networks do without it
 
-    if weights == "none" or Path(weights).is_file():
-        network = torchvision.models.get_model(name, weights=None)
-    else:
-        try:
-            chosen = torchvision.models.get_model_weights(name)[weights]
-        except KeyError:
-            known = ", ".join(torchvision.models.get_model_weights(name).__members__)
-            raise ValueError(f"model.weights is {weights!r}; for {name}: none, {known}, or a local file") from None
-        network = torchvision.models.get_model(name, weights=chosen)
-    if Path(weights).is_file():
-        try:
-            network.load_state_dict(load_tensors(weights))
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"model.weights {weights} does not fit {name}: {str(error).splitlines()[0]}") from error
-    return network
+    if weights == "none":
+        return torchvision.models.get_model(name, weights=None)
+    try:
+        chosen = torchvision.models.get_model_weights(name)[weights]
+    except KeyError:
+        known = ", ".join(torchvision.models.get_model_weights(name).__members__)
+        raise ValueError(f"model.weights is {weights!r}; for {name}: none, {known}, or a local file") from None
+    return torchvision.models.get_model(name, weights=chosen)
 
 
-# Torchvision's networks without their linear layers. All are cut before the last piece that halves the resolution, so
-# that the map has 14x14 cells for a 224-pixel picture.
+# Torchvision's networks, and one that is built like them, without their linear layers. All are cut before the last
+# piece that halves the resolution, so that the map has 14x14 cells for a 224-pixel picture.
 
 
 def _resnet(network: Any) -> Body:
@@ -199,6 +217,10 @@ def _efficientnet(network: Any) -> Body:
     return Body(_numbered(network.features), [], "features.6", network.classifier[-1].in_features)
 
 
+def _efficientnet_lite(network: Any) -> Body:
+    return _efficientnet(network)._replace(normal=efficientnet_lite.NORMAL)
+
+
 def _convnext(network: Any) -> Body:
     """A norm of each place over its channels undoes what the map says, since g * (1 + M) only scales a place. So the
     norm that begins the last downsampling goes before the cut, and no cut before it; the last norm sees the mean."""
@@ -227,6 +249,7 @@ BACKBONES: dict[str, Callable[..., Body]] = {
     **dict.fromkeys([f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")], _vgg),
     **dict.fromkeys(("mobilenet_v3_small", "mobilenet_v3_large"), _mobilenet),
     **dict.fromkeys([f"efficientnet_b{i}" for i in range(8)], _efficientnet),
+    "efficientnet_lite0": _efficientnet_lite,
     **dict.fromkeys([f"efficientnet_v2_{size}" for size in "sml"], _efficientnet),
     **dict.fromkeys([f"regnet_{kind}_{size}" for kind in "xy" for size in _REGNET_SIZES], _regnet),
     "regnet_y_128gf": _regnet,

@@ -14,6 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+class Normal(NamedTuple):
+    """What is taken from pictures in 0..1, and what they are divided by then: per channel, as the weights expect."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Normal((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 class Body(NamedTuple):
     """A classifier without its linear layer, in named pieces that run one after the other."""
 
@@ -21,6 +31,7 @@ class Body(NamedTuple):
     final: list[nn.Module]  # behind the last piece, before the mean; the attention branch has its own norm there
     split: str  # the piece before which the network is cut unless another is asked for
     channels: int  # of what is pooled
+    normal: Normal = IMAGENET
 
 
 def convolution(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

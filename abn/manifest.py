@@ -20,6 +20,7 @@ CORRECTION_COLUMNS = (
 )
 # Columns that tables from before they existed lack, and what they would have held.
 LATER_COLUMNS = {"weight": "1", "moved": ""}
+WITHDRAWAL_COLUMNS = ("time", "action", "annotation", "sample", "labeler", "round", "why")
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,28 @@ def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
     return samples
 
 
-def read_corrections(root: str | Path) -> dict[str, dict[str, str]]:
-    """The rows of data/corrections.csv by sample id: what people said so far, as far as it counts."""
+def read_corrections(root: str | Path, withdrawn: bool = False) -> dict[str, dict[str, str]]:
+    """The rows of data/corrections.csv by sample id: what people said so far, as far as it counts; `withdrawn` adds
+    what no longer does. Where several people answered a sample, none of their annotations may be withdrawn."""
     needed = [name for name in CORRECTION_COLUMNS if name not in LATER_COLUMNS]
     rows = _read_csv(Path(root) / "data/corrections.csv", needed)
-    return {row["sample"]: {**LATER_COLUMNS, **row} for row in rows}
+    out = set() if withdrawn else read_withdrawn(root)
+    return {
+        row["sample"]: {**LATER_COLUMNS, **row}
+        for row in rows
+        if out.isdisjoint((annotation, row["sample"]) for annotation in row["annotation"].split(" "))
+    }
+
+
+def read_withdrawn(root: str | Path) -> set[tuple[str, str]]:
+    """Annotation and sample of what data/withdrawals.csv takes out of the training set.
+
+    It only ever grows: of several lines about one annotation the last counts, and `restore` lets it count again.
+    """
+    path = Path(root) / "data/withdrawals.csv"
+    rows = _read_csv(path, WITHDRAWAL_COLUMNS) if path.is_file() else []
+    last = {(row["annotation"], row["sample"]): row["action"] for row in rows}
+    return {annotation for annotation, action in last.items() if action == "withdraw"}
 
 
 def _weight(correction: Mapping[str, str]) -> float:

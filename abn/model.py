@@ -21,9 +21,6 @@ from abn.cifar import convolution
 from abn.config import make_section
 from abn.files import replacing
 
-# Pictures come in as 0..1; every network sees them normalised like ImageNet, which pretrained weights expect.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -66,8 +63,8 @@ class ABN(nn.Module):
         self.map_head = nn.Sequential(convolution(classes, 1, 3), nn.BatchNorm2d(1), nn.Sigmoid())
         self.stage = parts.stage
         self.linear = nn.Linear(parts.channels, classes)
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(parts.normal.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(parts.normal.std).view(3, 1, 1), persistent=False)
 
     def forward(
         self, images: Float[Tensor, "b 3 H W"], attention_map: Float[Tensor, "b 1 i j"] | None = None

@@ -1,25 +1,28 @@
 """Model and manifest give predictions: `python -m abn.predict` reads results/model.pt, writes results/predictions/.
 
-One pass answers every sample; a second sees each picture mirrored (does its map mirror too?); samples of the gold set
-are also shown in another context, which tells how much the answer hangs on what lies outside the mask.
+One pass answers every sample; a second sees each picture mirrored and moved (does its map go with it?); a third sees
+it with its margin replaced. Samples of the gold set are also shown in another context, which tells how much the answer
+hangs on what lies outside the mask. No other sample costs more than three passes.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from abn.attention import equivariance_loss
+from abn.attention import context_reliance, equivariance_loss
 from abn.config import load_section
 from abn.context import binarised, other_pictures, replace_context
 from abn.data import Pictures, in_order, loader, resize_mask
+from abn.early import read_early_confidence
 from abn.manifest import Sample
 from abn.model import LoadedModel, load_model, resize_map
 from abn.predictions import Predictions, write_shard
@@ -27,6 +30,8 @@ from abn.stage import ROUND, Stage
 from abn.train import TrainConfig, choose_device
 
 SHARD = 4096  # samples a file
+MARGIN = 1 / 8  # of the picture's shorter side, on each of its four sides
+DONORS = 64  # pictures whose margins the others are given
 
 
 @dataclass(frozen=True)
@@ -44,24 +49,35 @@ def predict(
     pictures: Pictures,
     config: PredictConfig,
     on_batch: Callable[[int], None] = lambda done: None,
+    early: Mapping[str, float] | None = None,
+    donors: Pictures | None = None,
 ) -> Predictions:
-    """Everything that later stages need to know of each sample, in the order of the pictures."""
+    """Everything that later stages need to know of each sample, in the order of the pictures.
+
+    `early`: confidence early in training by sample id; `donors`: where other margins come from, else the pictures.
+    """
     device = next(model.network.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
+    margins = Margins(donors or pictures, len(pictures), config.seed)
     columns: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(Predictions)}
     done = 0
     for batch in loader(pictures, in_order(len(pictures), config.batch_size)):
         images = batch.images.to(device).float() / 255
         output = model.network(images)
-        mirrored = model.network(images.flip(-1))
-        maps = output.attention_map[:, 0].float().cpu().numpy()
+        maps, probabilities = output.attention_map[:, 0].float().cpu().numpy(), _softmax(output.logits)
+        moved = model.network(mirrored_and_moved(images, images.shape[-1] // maps.shape[-1])).attention_map[:, 0]
+        in_other_margin = model.network(margins.replaced(images, batch.indices, output.logits.argmax(dim=1).cpu()))
         gold, masks = _gold_masks(pictures, batch.indices.tolist())
         columns["samples"].append(np.array([pictures.samples[i].id for i in batch.indices.tolist()]))
-        columns["probabilities"].append(_softmax(output.logits))
+        columns["probabilities"].append(probabilities)
         columns["attention_probabilities"].append(_softmax(output.attention_logits))
         columns["maps"].append(maps)
         columns["embeddings"].append(output.embedding.float().cpu().numpy())
-        columns["equivariance"].append(equivariance_loss(maps, mirrored.attention_map[:, 0].float().cpu().numpy()))
+        columns["equivariance"].append(equivariance_loss(maps, moved.float().cpu().numpy(), shift=1))
+        columns["margin_reliance"].append(context_reliance(probabilities, _softmax(in_other_margin.logits)))
+        columns["early_confidence"].append(
+            np.array([(early or {}).get(pictures.samples[i].id, np.nan) for i in batch.indices.tolist()], np.float32)
+        )
         columns["has_gold"].append(gold)
         columns["gold_maps"].append(resize_map(masks, output.attention_map.shape[-2:])[:, 0].numpy())
         columns["replaced_probabilities"].append(
@@ -70,6 +86,34 @@ def predict(
         done += len(images)
         on_batch(done)
     return Predictions(**{name: np.concatenate(parts) for name, parts in columns.items()})
+
+
+def mirrored_and_moved(images: Float[Tensor, "b 3 h w"], pixels: int) -> Float[Tensor, "b 3 h w"]:
+    """Mirrored left and right, then moved down and right; what moves in from outside repeats the edge."""
+    height, width = images.shape[-2:]
+    return F.pad(images.flip(-1), (pixels, 0, pixels, 0), mode="replicate")[..., :height, :width]
+
+
+class Margins:
+    """Pictures with the margin of another one, if possible of another class: whatever of the answer moves with it
+    hung on no object, for that is seldom there. A weak stand-in for a mask where nobody has given one."""
+
+    def __init__(self, donors: Pictures, count: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        chosen = np.sort(random.permutation(len(donors))[:DONORS])
+        self.donors = donors[chosen.tolist()]
+        self.preference = torch.from_numpy(random.random((count, len(chosen))))
+
+    def replaced(
+        self, images: Float[Tensor, "b 3 h w"], indices: Int[Tensor, "b"], answers: Int[Tensor, "b"]
+    ) -> Float[Tensor, "b 3 h w"]:
+        """`answers` of the network to the pictures; their `indices` make the draw the same in batches of any size."""
+        stranger = self.donors.labels[None] != answers[:, None]
+        donor = (self.preference[indices] + stranger).argmax(dim=1)
+        width = round(MARGIN * min(images.shape[-2:]))
+        middle = torch.zeros_like(images[:, :1])
+        middle[..., width:-width, width:-width] = 1
+        return replace_context(images, middle, self.donors.images[donor].to(images.device).float() / 255)
 
 
 def _in_another_context(
@@ -99,17 +143,23 @@ def _softmax(logits: Tensor) -> Float[np.ndarray, "b k"]:
 
 
 def predict_into(
-    folder: Path, model: LoadedModel, root: Path, samples: Sequence[Sample], config: PredictConfig
+    folder: Path,
+    model: LoadedModel,
+    root: Path,
+    samples: Sequence[Sample],
+    config: PredictConfig,
+    early: Mapping[str, float] | None = None,
 ) -> None:
     """Predictions of all samples, shard after shard, so that memory does not grow with the manifest."""
     shutil.rmtree(folder, ignore_errors=True)
+    donors = Pictures(root, samples, model.classes, model.size)
     for number, start in enumerate(range(0, len(samples), SHARD)):
         pictures = Pictures(root, samples[start : start + SHARD], model.classes, model.size)
 
         def say(done: int, start: int = start) -> None:
             print(f"predicted {start + done}/{len(samples)}", flush=True)
 
-        write_shard(folder / f"{number:04d}.npz", predict(model, pictures, config, say))
+        write_shard(folder / f"{number:04d}.npz", predict(model, pictures, config, say, early, donors))
 
 
 def run(stage: Stage) -> None:
@@ -117,7 +167,8 @@ def run(stage: Stage) -> None:
     device = choose_device(load_section(TrainConfig, "params.yaml", "train").device)
     model = load_model(stage.results / "model.pt", device)
     config = load_section(PredictConfig, "params.yaml", "predict")
-    predict_into(stage.results / "predictions", model, Path(), stage.samples(), config)
+    early = read_early_confidence(stage.results / "early.npz")
+    predict_into(stage.results / "predictions", model, Path(), stage.samples(), config, early)
 
 
 def main() -> None:

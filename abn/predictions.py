@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from abn.files import replacing
 
@@ -19,9 +19,18 @@ class Predictions:
     maps: Float[np.ndarray, "n h w"]  # attention maps, 0..1
     embeddings: Float[np.ndarray, "n d"]
     equivariance: Float[np.ndarray, "n"]  # equivariance_loss of the map
+    margin_reliance: Float[np.ndarray, "n"]  # how far the answer moves when the picture's margin is replaced, 0..1
+    early_confidence: Float[np.ndarray, "n"]  # probability of the label early in training; NaN without a label then
     has_gold: Bool[np.ndarray, "n"]  # a gold mask that marks something
     gold_maps: Float[np.ndarray, "n h w"]  # that mask at the map's resolution, 0..1; zero without
     replaced_probabilities: Float[np.ndarray, "n k"]  # with everything outside the gold mask replaced; NaN without
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, rows: Int[np.ndarray, "m"]) -> Predictions:
+        """The table of these rows, in their order."""
+        return Predictions(**{field.name: getattr(self, field.name)[rows] for field in fields(Predictions)})
 
 
 def write_shard(path: Path, predictions: Predictions) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from sklearn.cluster import kmeans_plusplus
+from sklearn.neighbors import NearestNeighbors
 
-from abn.attention import disagreement
 from abn.config import load_section
+from abn.doubt import directions, early_rank, suspicion, unreasonable
 from abn.evaluate import align
 from abn.files import replacing
 from abn.manifest import class_names, read_corrections
@@ -20,17 +22,24 @@ from abn.predictions import Predictions, read_predictions
 from abn.stage import ROUND
 
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
+MAP_WRONG, MAP_FINE = ("map_fixed",), ("map_ok",)  # verdicts; the others say nothing of the map
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
+    strategy: Literal["benefit", "attention", "misclassified", "margin", "entropy", "k-center", "badge", "random"]
     budget: int  # pictures a round
+    budget_minutes: float  # of labelers a round, by expected minutes; 0: no limit but the pictures
     random_share: float
     seed: int
 
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise ValueError(f"selection.budget is {self.budget}; it must be at least 1 picture")
+        if self.budget_minutes < 0:
+            raise ValueError(
+                f"selection.budget_minutes is {self.budget_minutes}; it must be above 0, or 0 for no limit"
+            )
         if not 0 <= self.random_share <= 1:
             raise ValueError(f"selection.random_share is {self.random_share}; it must be from 0 to 1")
 
@@ -40,6 +49,143 @@ class Pick(NamedTuple):
     score: float  # 0..1, higher is more worth asking
     reason: str  # in words that a labeler understands
     minutes: float  # expected
+    at_random: bool  # of the share that is an unbiased estimate of how many maps are wrong
+
+
+@dataclass(frozen=True)
+class Told:
+    """What people have said so far, by row of the predictions."""
+
+    answered: Bool[np.ndarray, "n"]
+    verdicts: Float[np.ndarray, "n"]  # 1 the map is wrong, 0 it is fine, NaN nothing was said of it
+    minutes_to_paint: float = MINUTES_TO_PAINT
+    minutes_to_confirm: float = MINUTES_TO_CONFIRM
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a strategy sees: a row a candidate, in the order of the sample ids."""
+
+    table: Predictions
+    labels: Int[np.ndarray, "n"]  # -1 unknown
+    where: Float[np.ndarray, "n d"]  # directions of the embeddings
+    answered: Float[np.ndarray, "a d"]  # of the samples that people have answered
+    suspected: Float[np.ndarray, "n"]  # before any verdict, 0..1
+    unreasonable: Float[np.ndarray, "n"]  # P(the map is), 0..1
+    minutes: Float[np.ndarray, "n"]  # expected
+    seed: int
+
+    @property
+    def wrong(self) -> Bool[np.ndarray, "n"]:
+        return (self.table.probabilities.argmax(axis=1) != self.labels) & (self.labels >= 0)
+
+
+# --- strategies: a pool and how many will be asked -> what each candidate is worth, 0..1
+
+
+def benefit(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """Expected benefit per expected minute, against the cheapest minute, times novelty; the default.
+
+    Benefit is the probability that an answer teaches something: that the map is unreasonable, or the picture
+    misclassified, or, as far as the network is unsure, might be. Novelty keeps near-duplicates out; see `_spread`.
+    """
+    confidence = pool.table.probabilities.max(axis=1).astype(float)
+    mistaken = np.where(pool.wrong, 1.0, 1 - confidence)
+    teaches = 1 - (1 - pool.unreasonable) * (1 - mistaken)
+    return _spread(teaches * pool.minutes.min() / pool.minutes, pool, count)
+
+
+def attention(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """P(the map is unreasonable)."""
+    return pool.unreasonable
+
+
+def misclassified(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """As Mitsuhara et al. (2021) choose: wrong answers, the surest first (above 0.5), then right ones, the least sure
+    first."""
+    confidence = pool.table.probabilities.max(axis=1).astype(float)
+    return np.where(pool.wrong, 0.5 + confidence / 2, (1 - confidence) / 2)
+
+
+def margin(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """1 - (p1 - p2) of the two likeliest classes (Scheffer et al., 2001)."""
+    best = np.sort(pool.table.probabilities.astype(float), axis=1)
+    return 1 - (best[:, -1] - best[:, -2])
+
+
+def entropy(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """-sum p log p / log K of the answer."""
+    p = pool.table.probabilities.astype(float)
+    return -(p * np.log(np.maximum(p, 1e-12))).sum(axis=1) / np.log(p.shape[1])
+
+
+def k_center(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """Each the farthest, by embedding, from all that is answered or chosen already (Sener and Savarese, ICLR 2018):
+    half of that distance, which only falls from pick to pick; 0 for those not chosen."""
+    worth = np.zeros(len(pool.where))
+    distance = _nearest(pool.where, pool.answered) if len(pool.answered) else np.full(len(worth), 2.0)
+    for _ in range(count):
+        best = int(np.where(worth > 0, -1.0, distance).argmax())
+        worth[best] = max(distance[best] / 2, 1e-12)
+        distance = np.minimum(distance, np.linalg.norm(pool.where - pool.where[best], axis=1))
+    return worth
+
+
+def badge(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """k-means++ over the gradients of the last layer as if the answer were right, (p - onehot) x embedding: unsure
+    and unlike each other (Ash et al., ICLR 2020). Those chosen first are worth most; 0 for those not chosen."""
+    p = pool.table.probabilities.astype(np.float32)
+    answer = np.eye(p.shape[1], dtype=np.float32)[p.argmax(axis=1)]
+    gradients = ((p - answer)[:, :, None] * pool.table.embeddings[:, None, :]).reshape(len(p), -1)
+    _, chosen = kmeans_plusplus(gradients, count, random_state=pool.seed)
+    worth = np.zeros(len(p))
+    worth[chosen[::-1]] = np.linspace(0, 1, count + 1)[1:]  # where one is drawn twice its first turn counts
+    return worth
+
+
+STRATEGIES: dict[str, Callable[[Pool, int], Float[np.ndarray, "n"]]] = {
+    "benefit": benefit,
+    "attention": attention,
+    "misclassified": misclassified,
+    "margin": margin,
+    "entropy": entropy,
+    "k-center": k_center,
+    "badge": badge,
+    "random": lambda pool, count: np.zeros(len(pool.labels)),  # every pick is of the random share
+}
+
+
+def _spread(worth: Float[np.ndarray, "n"], pool: Pool, count: int) -> Float[np.ndarray, "n"]:
+    """Each worth times its novelty, the worthiest first: (1 - exp(-d^2 / 2 s^2)) / (1 + m / 4e).
+
+    d is the distance to the nearest that is answered or was chosen before it, s the tenth percentile of the pool's
+    distances to the nearest neighbour, so that only what lies unusually close counts as the same again. m is how many
+    with the same answer were chosen before it, e the even share of a class: where all classes are alike they take
+    turns, and the one that is much worse can still get most of the batch.
+    """
+    if len(worth) < 2:
+        return worth
+    nearest = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(pool.where).kneighbors(pool.where)[0][:, 1]
+    scale = max(float(np.quantile(nearest, 0.1)), 1e-6)
+    answers = pool.table.probabilities.argmax(axis=1)
+    even_share = count / pool.table.probabilities.shape[1]
+    distance = _nearest(pool.where, pool.answered) if len(pool.answered) else np.full(len(worth), 2.0)
+    alike, open_, score = np.zeros(len(worth)), np.ones(len(worth), dtype=bool), worth
+    for _ in range(count):
+        novelty = (1 - np.exp(-((distance / scale) ** 2) / 2)) / (1 + alike / (4 * even_share))
+        score = np.where(open_, worth * novelty, score)
+        best = int(np.where(open_, score, -1.0).argmax())
+        open_[best] = False
+        distance = np.minimum(distance, np.linalg.norm(pool.where - pool.where[best], axis=1))
+        alike += answers == answers[best]
+    return score
+
+
+def _nearest(points: Float[np.ndarray, "n d"], others: Float[np.ndarray, "a d"]) -> Float[np.ndarray, "n"]:
+    return NearestNeighbors(n_neighbors=1, algorithm="brute").fit(others).kneighbors(points)[0][:, 0]
+
+
+# --- a batch
 
 
 def select(
@@ -48,69 +194,119 @@ def select(
     candidates: Collection[int],
     classes: list[str],
     config: SelectionConfig,
+    told: Told | None = None,
 ) -> list[Pick]:
-    """The batch: `random_share` of it at random (the unbiased estimate of how many maps are wrong), the rest by score,
-    highest first, classes taking turns so that no class is left out; ties break by sample id.
+    """The batch: `random_share` of it at random (the unbiased estimate of how many maps are wrong), the rest by the
+    strategy's score, highest first; ties break by sample id. It ends where pictures or expected minutes are spent.
 
-    The score of a sample is 0.5 + half of how wrong its answer is where it is misclassified; else half of the rank of
-    its map among the candidates by what speaks against a map without a mask: the two branches answer differently,
-    and the map does not mirror with its picture. Raises ValueError where the budget is more than the candidates.
+    `labels` of all rows of the predictions, -1 unknown. Raises ValueError where the budget is more than the
+    candidates.
     """
     if config.budget > len(candidates):
         raise ValueError(
             f"selection.budget is {config.budget} but the pool holds {len(candidates)} images; lower it in params.yaml"
         )
-    rows = np.array(sorted(candidates, key=lambda row: str(predictions.samples[row])))
-    answers, truth = predictions.probabilities[rows].argmax(axis=1), labels[rows]
-    confidence = predictions.probabilities[rows].max(axis=1)
-    wrong = (answers != truth) & (truth >= 0)
-    apart = disagreement(predictions.probabilities[rows], predictions.attention_probabilities[rows]).astype(float)
-    apart_rank = _rank(apart)
-    doubt = (apart_rank + _rank(predictions.equivariance[rows])) / 2
-    score = np.where(wrong, 0.5 + confidence / 2, doubt / 2)
-
-    def pick(i: int, at_random: bool) -> Pick:
-        answer = classes[answers[i]]
-        if at_random:
-            reason = "picked at random, to learn how many maps are wrong"
-        elif wrong[i]:
-            reason = f"misclassified: answers {answer} ({confidence[i]:.0%}), labeled {classes[truth[i]]}"
-        elif truth[i] < 0:
-            reason = f"no label yet: answers {answer} ({confidence[i]:.0%})"
-        else:
-            reason = f"doubtful attention: {_doubt_in_words(apart[i], apart_rank[i], doubt[i])}"
-        minutes = MINUTES_TO_PAINT if wrong[i] or score[i] > 0.25 else MINUTES_TO_CONFIRM
-        return Pick(str(predictions.samples[rows[i]]), float(score[i]), reason, minutes)
-
-    generator = np.random.default_rng(config.seed)
-    at_random = set(generator.permutation(len(rows))[: round(config.random_share * config.budget)].tolist())
-    by_score = [i for i in _take_turns(score, answers) if i not in at_random]
-    chosen = [(i, False) for i in by_score[: config.budget - len(at_random)]] + [(i, True) for i in at_random]
-    picks = [pick(i, random) for i, random in chosen]
+    pool = _pool(predictions, labels, candidates, told or _nothing_told(len(labels)), config.seed)
+    minutes = config.budget_minutes or np.inf
+    at_most = int(min(config.budget, max(minutes / pool.minutes.min(), 1)))
+    score = STRATEGIES[config.strategy](pool, at_most)
+    share = 1.0 if config.strategy == "random" else config.random_share
+    shuffled = np.random.default_rng(config.seed).permutation(len(score)).tolist()
+    random_pictures = round(share * config.budget)
+    at_random = _fill(shuffled[:random_pictures], pool.minutes, share * minutes if share else 0.0)
+    best_first = [i for i in np.argsort(-score, kind="stable").tolist() if i not in set(at_random)]
+    rest = minutes - float(pool.minutes[at_random].sum())
+    by_score = _fill(best_first[: config.budget - random_pictures], pool.minutes, rest)
+    if not at_random + by_score:
+        shortest = f"one picture is expected to take {pool.minutes.min():.2f}"
+        raise ValueError(f"selection.budget_minutes is {minutes}, but {shortest}; raise it in params.yaml")
+    picks = [
+        Pick(
+            str(pool.table.samples[i]),
+            float(score[i]),
+            "picked at random, to learn how many maps are wrong" if random else _reason(pool, i, classes, config),
+            round(float(pool.minutes[i]), 3),
+            random,
+        )
+        for chosen, random in ((by_score, False), (at_random, True))
+        for i in chosen
+    ]
     return sorted(picks, key=lambda pick: (-pick.score, pick.sample))
 
 
-def _doubt_in_words(apart: float, rank: float, doubt: float) -> str:
-    if rank >= doubt:
-        return f"the two branches of the network answer differently (divergence {apart:.2f})"
-    return "the map does not follow the picture when it is mirrored"
+def _pool(
+    predictions: Predictions, labels: Int[np.ndarray, "n"], candidates: Collection[int], told: Told, seed: int
+) -> Pool:
+    """Candidates and answered samples are looked at together, in the order of their ids."""
+    open_ = np.zeros(len(labels), dtype=bool)
+    open_[list(candidates)] = True
+    rows = np.flatnonzero(open_ | told.answered)
+    rows = rows[np.argsort(predictions.samples[rows])]
+    table, asked, answered = predictions[rows], open_[rows], told.answered[rows]
+    where, wrong = directions(table.embeddings), unreasonable(table, told.verdicts[rows])
+    minutes = told.minutes_to_confirm + wrong * max(told.minutes_to_paint - told.minutes_to_confirm, 0.0)
+    return Pool(
+        table[np.flatnonzero(asked)],
+        labels[rows][asked],
+        where[asked],
+        where[answered],
+        suspicion(table)[asked],
+        wrong[asked],
+        minutes[asked],
+        seed,
+    )
 
 
-def _rank(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Share of the values that are smaller, 0..1; equal values share their mean rank."""
-    ordered = np.sort(values)
-    below, upto = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
-    return (below + upto - 1) / 2 / max(len(values) - 1, 1)
+def _fill(order: list[int], minutes: Float[np.ndarray, "n"], budget: float) -> list[int]:
+    """As many of the first as fit into the budget of minutes."""
+    return order[: int((np.cumsum(minutes[order]) <= budget).sum())]
 
 
-def _take_turns(score: Float[np.ndarray, "n"], group: Int[np.ndarray, "n"]) -> list[int]:
-    """All indices: the best of each group first, then each group's second, ...; within a turn by score."""
-    best_first = np.argsort(-score, kind="stable")
-    turns = np.empty(len(score), dtype=int)
-    seen: dict[int, int] = {}
-    for i in best_first.tolist():
-        turns[i] = seen[group[i]] = seen.get(group[i], -1) + 1
-    return sorted(best_first.tolist(), key=lambda i: turns[i])
+def _nothing_told(count: int) -> Told:
+    return Told(np.zeros(count, dtype=bool), np.full(count, np.nan))
+
+
+def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> str:
+    """The loudest of what speaks for asking about candidate `i`."""
+    order = pool.table.probabilities[i].argsort()[::-1]
+    confidence = pool.table.probabilities[i][order]
+    answer = f"{classes[order[0]]} ({confidence[0]:.0%})"
+    if pool.wrong[i]:
+        return f"misclassified: answers {answer}, labeled {classes[pool.labels[i]]}"
+    if pool.labels[i] < 0:
+        return f"no label yet: answers {answer}"
+    if config.strategy == "k-center":
+        return "unlike every picture that was asked about so far"
+    if config.strategy in ("margin", "entropy", "badge") or 1 - confidence[0] > pool.unreasonable[i]:
+        return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%})"
+    if pool.unreasonable[i] > pool.suspected[i] + 0.2:
+        return "doubtful attention: labelers called the maps of similar pictures wrong"
+    if pool.table.margin_reliance[i] >= early_rank(pool.table.early_confidence)[i]:
+        return f"doubtful attention: the answer hangs on the edge of the picture ({pool.table.margin_reliance[i]:.0%})"
+    return "doubtful attention: learned before most others, as shortcuts are"
+
+
+# --- the stage
+
+
+def read_told(predictions: Predictions, corrections: Mapping[str, Mapping[str, str]]) -> Told:
+    """From the rows of data/corrections.csv by sample id. Minutes are the medians of what painting and confirming took,
+    of the times that did not get lost."""
+    names = predictions.samples.tolist()
+    verdict = [corrections[name]["verdict"] if name in corrections else "" for name in names]
+    said = {**dict.fromkeys(MAP_WRONG, 1.0), **dict.fromkeys(MAP_FINE, 0.0)}
+
+    def median(verdicts: tuple[str, ...], guess: float) -> float:
+        times = [float(row["minutes"] or 0) for row in corrections.values() if row["verdict"] in verdicts]
+        known = [time for time in times if time > 0]
+        return float(np.median(known)) if known else guess
+
+    return Told(
+        np.array([name in corrections for name in names]),
+        np.array([said.get(one, np.nan) for one in verdict]),
+        median(MAP_WRONG, MINUTES_TO_PAINT),
+        median(MAP_FINE, MINUTES_TO_CONFIRM),
+    )
 
 
 def main() -> None:
@@ -118,17 +314,16 @@ def main() -> None:
     samples, predictions = ROUND.samples(), read_predictions(ROUND.results / "predictions")
     classes = class_names(samples)
     labels, splits = align(samples, predictions, classes)
-    answered = set(read_corrections(Path()))
-    candidates = [
-        row
-        for row, name in enumerate(predictions.samples.tolist())
-        if splits[row] in ("train", "pool") and name not in answered
-    ]
-    picks = select(predictions, labels, candidates, classes, config)
+    told = read_told(predictions, read_corrections(Path()))
+    candidates = np.flatnonzero(np.isin(splits, ("train", "pool")) & ~told.answered).tolist()
+    picks = select(predictions, labels, candidates, classes, config, told)
     with replacing(ROUND.results / "batch.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Pick._fields)
-        writer.writerows((pick.sample, f"{pick.score:.6f}", pick.reason, pick.minutes) for pick in picks)
+        for pick in picks:
+            writer.writerow(
+                (pick.sample, f"{pick.score:.6f}", pick.reason, pick.minutes, "yes" if pick.at_random else "")
+            )
 
 
 if __name__ == "__main__":

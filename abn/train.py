@@ -1,4 +1,5 @@
-"""Trains the network: `python -m abn.train` reads params.yaml and data/, writes results/model.pt and train.jsonl.
+"""Trains the network: `python -m abn.train` reads params.yaml and data/, writes results/model.pt, its history
+train.jsonl, and early.npz (abn/early.py).
 
 The loop is explicit and resumable: each epoch draws its randomness from (seed, epoch) alone, and the checkpoint after
 an epoch holds the weights and the optimizer, so that a run that was killed ends as if it had not been.
@@ -31,6 +32,7 @@ from abn.data import (
     epoch_batches,
     loader,
 )
+from abn.early import is_early_epoch, write_early_confidence
 from abn.files import replacing
 from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples
@@ -117,7 +119,8 @@ def train(
         corrected = []
 
     if corrected and settings.corrections.recipe == "context" and settings.corrections.propagate_rate:
-        pictures.drawn, pictures.trust = annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
+        drawn, trust = annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
+        pictures.drawn, pictures.trust = drawn, trust
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -149,6 +152,8 @@ def train(
             optimizer.step()
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(batches)
+        if is_early_epoch(epoch, config.epochs):
+            write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         seconds = time.perf_counter() - began
         line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
         line |= {"propagated": len(pictures.drawn), "trust": pictures.trust}
@@ -290,7 +295,7 @@ def run(stage: Stage) -> None:
     settings, samples = Settings.load("params.yaml"), stage.samples()
     if stage == ROUND and samples == CONTROL.samples():
         print("nobody has said anything yet: the control is this round's model", flush=True)
-        for name in ("model.pt", "train.jsonl"):
+        for name in ("model.pt", "train.jsonl", "early.npz"):
             shutil.copyfile(CONTROL.results / name, ROUND.results / name)
         return
 

@@ -112,6 +112,7 @@ class Problem:
         confounded = confound(self.data, spec.confound, self.data.labels, carriers)
         self.train = {"confounded": self._write("confounded", confounded), "plain": self._write("plain", self.data)}
         self.visible = confounded.masks
+        self.drawn_over = (confounded.images != self.data.images).any(axis=-1)
         tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
         self.test = {name: self._write(name, data, "test") for name, data in tests.items()}
         self.test_labels = test.labels
@@ -130,14 +131,14 @@ class Problem:
         return samples
 
     def corrected(self, rows: Sequence[int], name: str) -> list[Sample]:
-        """The confounded training samples, those at `rows` with a mask; the whole picture where there is no object,
-        none where the confound hides all of it. The masks go into the file `name`.
+        """The confounded training samples, those at `rows` with a mask; where there is no object all but the confound,
+        none where the confound hides the object. The masks go into the file `name`.
         """
         samples, masks = list(self.train["confounded"]), {}
         for row in rows:
             mask = self.visible[row]
             if not self.data.masks[row].any():
-                mask = np.ones_like(mask)
+                mask = ~self.drawn_over[row]
             elif not mask.any():
                 continue
             elif self.faults == "hasty":

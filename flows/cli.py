@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from flows.rounds import Collected, Idle, Opened
     from flows.workspace import Workspace
 
 app = typer.Typer(
@@ -29,6 +31,9 @@ console = Console()
 
 rounds = typer.Typer(help="Open a round, collect its answers, see how the rounds went.", no_args_is_help=True)
 app.add_typer(rounds, name="round")
+
+labelers = typer.Typer(help="Invite labelers, see how they do.", no_args_is_help=True)
+app.add_typer(labelers, name="labelers")
 
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace.", show_default="here")]
 
@@ -166,12 +171,8 @@ def round_open(workspace: WorkspaceOption = Path()) -> None:
     from flows.rounds import open_round
 
     with _listening():
-        opened = open_round(str(place.root))
-    if not opened.new:
-        console.print(f"round {opened.round} is open already; `abnloop round collect` takes its answers in")
-        return
-    console.print(f"{'promoted' if opened.promoted else 'refused'}: {escape(opened.why)}")
-    console.print(f"round {opened.round}: {opened.tasks} tasks wait in Label Studio")
+        result = open_round(str(place.root))
+    _say(result)
 
 
 @rounds.command("collect")
@@ -184,15 +185,30 @@ def round_collect(workspace: WorkspaceOption = Path()) -> None:
     from flows.rounds import collect_round
 
     with _listening():
-        got = collect_round(str(place.root))
-    if not got.tasks:
-        console.print("no round is open, there is nothing to collect; open one with `abnloop round open`")
-    elif not got.closed:
-        console.print(f"round {got.round}: {got.answered} of {got.tasks} tasks are answered; it stays open")
-    else:
-        console.print(
-            f"round {got.round} is closed with {got.corrections} corrections, {got.set_aside} set aside: {got.commit}"
-        )
+        result = collect_round(str(place.root))
+    _say(result)
+
+
+@rounds.command("reconcile")
+def round_reconcile(
+    workspace: WorkspaceOption = Path(),
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without losing anything.")] = False,
+) -> None:
+    """Compare Label Studio, DVC, git and MLflow. Exit code 1 where a difference is left.
+
+    Example: `abnloop round reconcile --workspace leaves --fix`
+    """
+    place = _connected(workspace)
+    from flows.reconcile import reconcile
+
+    differences = reconcile(place, fix)
+    table = Table("where", "what", "remedy", show_lines=True)
+    for one in differences:
+        left = f"{escape(one.remedy)}{' [dim](--fix does it)[/]' if one.mend else ''}"
+        table.add_row(one.where, escape(one.what), "[green]mended[/]" if one.mended else left)
+    console.print(table if differences else "[green]Label Studio, DVC, git and MLflow agree[/]")
+    if any(not one.mended for one in differences):
+        raise typer.Exit(1)
 
 
 @rounds.command("status")
@@ -208,21 +224,210 @@ def round_status(workspace: WorkspaceOption = Path()) -> None:
     console.print(summary_table(summarise(place), f"rounds of {place.root.name}"))
 
 
+@labelers.command("invite")
+def labelers_invite(
+    emails: Annotated[list[str], typer.Argument(metavar="EMAIL...")],
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Make accounts in Label Studio and print each log-in, once: the passwords are kept nowhere.
+
+    Example: `abnloop labelers invite ann@example.com bob@example.com --workspace leaves`
+    """
+    from flows.people import invite
+    from flows.services import addresses
+    from flows.workspace import open_workspace
+    from labeling.client import LabelStudio
+
+    known = addresses(open_workspace(workspace))
+    passwords = invite(LabelStudio(known.label_studio, known.label_studio_token), emails)
+    table = Table("email", "password", title=f"log in at {known.label_studio}")
+    for email, password in passwords.items():
+        table.add_row(escape(email), password)
+    console.print(table)
+
+
+@labelers.command("report")
+def labelers_report(
+    workspace: WorkspaceOption = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what each labeler did in the rounds collected so far: tasks, minutes, agreement with the others, how far
+    they moved the maps that they fixed, verdicts.
+
+    Example: `abnloop labelers report --workspace leaves`
+    """
+    from flows.people import labeler_report, labeler_table
+    from flows.workspace import open_workspace
+
+    report = labeler_report(open_workspace(workspace))
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        console.print(labeler_table(report))
+
+
 @app.command()
 def simulate(
     workspace: WorkspaceOption = Path(),
+    labelers: Annotated[int, typer.Option(help="How many, each with an account of their own.")] = 1,
+    faults: Annotated[str, typer.Option(help="none, careful, careless (they paint badly) or hasty.")] = "careful",
     seed: Annotated[int, typer.Option(help="Of their faults.")] = 0,
 ) -> None:
     """Let simulated labelers answer what is open, from the masks that `init` set aside for them.
 
-    Example: `abnloop simulate --workspace leaves`
+    Example: `abnloop simulate --labelers 2 --faults careless --workspace leaves`
     """
+    from labeling.simulator import FAULTS
+
+    if faults not in FAULTS:
+        raise ValueError(f"--faults is {faults!r}; choose {', '.join(FAULTS)}")
     place = _connected(workspace)
     from flows.rounds import simulate_labelers
 
     with _listening():
-        verdicts = simulate_labelers(place, seed=seed)
+        verdicts = simulate_labelers(place, FAULTS[faults], seed, labelers)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "nothing was open")
+
+
+@app.command()
+def predict(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV with a column for each class.")] = False,
+    maps: Annotated[Path | None, typer.Option(help="A folder for the attention maps, drawn over the pictures.")] = None,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Ask the champion about pictures. Exit code 1 where one could not be answered.
+
+    With `capture.enabled` in params.yaml, pictures that it is not sure of are kept for labelers.
+
+    Example: `abnloop predict new_photos --maps maps --workspace leaves`
+    """
+    from flows.answering import Refused, answer_all, as_row, files_below, load_champion, write_maps
+    from flows.inbox import capture, open_inbox
+    from flows.workspace import open_workspace
+
+    if as_json and as_csv:
+        raise ValueError("--json and --csv exclude each other; choose one")
+    place = open_workspace(workspace)
+    champion, files, inbox = load_champion(place), files_below(paths), open_inbox(place)
+    draw = write_maps(maps, files) if maps else None
+    failed = False
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal failed
+        for one in answer_all(champion, ((str(path), path.read_bytes()) for path in files)):
+            row = as_row(one)
+            if isinstance(one, Refused):
+                failed = True
+            else:
+                capture(inbox, *one, champion.version)
+                row["map"] = str(draw(*one)) if draw else ""
+            yield row
+
+    show = _print_json if as_json else _print_csv if as_csv else _print_answers
+    show(rows(), champion.classes)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ingest(workspace: WorkspaceOption = Path()) -> None:
+    """Bring the pictures that were kept for labelers into the pool, as samples without a label.
+
+    They wait while a round is not closed.
+
+    Example: `abnloop ingest --workspace leaves`
+    """
+    from flows.growing import in_words, ingest
+    from flows.workspace import open_workspace
+
+    done = ingest(open_workspace(workspace))
+    console.print(in_words(done))
+    for name, why in list(done.left_out.items())[:10]:
+        console.print(f"  left out {name[:16]}: {escape(why)}")
+
+
+@app.command()
+def lineage(
+    model: Annotated[
+        str,
+        typer.Argument(help="models:/NAME@champion or /3, a version, a run id, round/0003.", show_default="champion"),
+    ] = "",
+    labeler: Annotated[str, typer.Option(help="Which models learned from this person (e-mail)?")] = "",
+    annotation: Annotated[str, typer.Option(help="... from this annotation (id)?")] = "",
+    sample: Annotated[str, typer.Option(help="... from this sample (id)?")] = "",
+    image: Annotated[Path | None, typer.Option(help="... from the picture in this file, by what it shows?")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write it as an HTML page with a graph.")] = None,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Tell what a model learned from: data, code, parameters, every annotation and who gave it, and the gate's verdict.
+
+    And back: which models learned from a person, an annotation, a sample or a picture. Works with the services down.
+
+    Example: `abnloop lineage models:/leaves@champion --report lineage.html --workspace leaves`
+    """
+    from flows import lineage as facts_of
+    from flows import lineage_report as told
+    from flows.workspace import open_workspace, write_atomically
+
+    place = open_workspace(workspace)
+    asked = {"labeler": labeler, "annotation": annotation, "sample": sample}
+    asked |= {"sample": facts_of.sample_of(place, image)} if image else {}
+    questions = {what: value for what, value in asked.items() if value}
+    if len(questions) + bool(model) > 1 or (questions and report):
+        raise ValueError(
+            "ask one thing at a time: a model (with --report), --labeler, --annotation, --sample or --image"
+        )
+    if questions:
+        models = facts_of.models_that_learned(place, questions)
+        print(told.as_json(models), end="") if as_json else console.print(told.models_table(questions, models))
+        return
+    round_ = facts_of.find_round(place, model)
+    facts = {**facts_of.trace(place, round_), "champion": round_ == facts_of.find_round(place)}
+    if report:
+        write_atomically(report, told.draw(facts))
+    if as_json:
+        print(told.as_json(facts), end="")
+    else:
+        console.print(*told.as_text(facts), sep="\n")
+
+
+@app.command()
+def withdraw(
+    why: Annotated[str, typer.Option(help="For those who ask later.")],
+    labeler: Annotated[str, typer.Option(help="Everything that this person said (e-mail).")] = "",
+    round_number: Annotated[str, typer.Option("--round", help="Everything that this round collected.")] = "",
+    annotation: Annotated[str, typer.Option(help="One annotation (id).")] = "",
+    undo: Annotated[bool, typer.Option("--undo", help="Let them in again.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Open a round at once, which trains without them.")
+    ] = False,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Take annotations out of the training set from now on, and tell which models learned from them.
+
+    Nothing is erased: data/withdrawals.csv says what, when and why. Their pictures can be asked about again.
+
+    Example: `abnloop withdraw --labeler anna@example.com --why "took shadows for symptoms" --workspace leaves`
+    """
+    from flows.lineage_report import models_table
+    from flows.withdrawals import withdraw as take_out
+    from flows.workspace import open_workspace
+
+    asked = {"labeler": labeler, "round": round_number, "annotation": annotation}
+    questions = {what: value for what, value in asked.items() if value}
+    if len(questions) != 1:
+        raise ValueError("name what to withdraw: one of --labeler, --round and --annotation")
+    place = _connected(workspace) if retrain else open_workspace(workspace)
+    taken = take_out(place, questions, why, undo)
+    console.print(f"{len(taken.annotations)} annotations {'count again' if undo else 'are withdrawn'}")
+    console.print(models_table(questions, taken.models))
+    if retrain:
+        round_open(workspace)
+    else:
+        console.print("the next `abnloop round open` trains " + ("with" if undo else "without") + " them")
 
 
 @app.command()
@@ -242,17 +447,24 @@ def demo(
     rounds: Annotated[int, typer.Option(help="How often to train and ask.")] = 3,
     budget: Annotated[int, typer.Option(help="Pictures that labelers are asked about, a round.")] = 30,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the services up, to look around.")] = False,
+    label_yourself: Annotated[
+        bool, typer.Option("--label-yourself", help="Answer the first batch in your browser; then it goes on.")
+    ] = False,
     workspace: Annotated[Path, typer.Option("--workspace", "-w", help="Made anew each time.")] = Path("demo"),
 ) -> None:
-    """Show the whole loop on handwritten digits, with simulated labelers, in a few minutes.
+    """Show the whole loop on handwritten digits in a few minutes, with simulated labelers or with you.
 
     Example: `abnloop demo --keep`
     """
     from flows.demo import run_demo
     from flows.summary import summary_table
 
+    def invite(address: str, email: str, password: str) -> None:
+        console.print(f"the first batch is yours: [bold]{escape(address)}[/], then Label All Tasks", soft_wrap=True)
+        console.print(f"log in as [bold]{email}[/] with password [bold]{escape(password)}[/]", soft_wrap=True)
+
     with _listening():
-        summary = run_demo(_repository(), workspace, rounds, budget, keep)
+        summary = run_demo(_repository(), workspace, rounds, budget, keep, invite if label_yourself else None)
     console.print(summary_table(summary, "handwritten digits with a shortcut"))
     console.print(
         f"pictures: {escape(str(workspace / 'report.html'))}, numbers: {escape(str(workspace / 'summary.json'))}"
@@ -277,6 +489,13 @@ def main() -> None:
             raise
         print(f"abnloop: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _say(result: Opened | Collected | Idle) -> None:
+    """What a flow did, in its own words; that somebody else has the workspace is an error to who asked for a round."""
+    if getattr(result, "in_use", False):
+        raise ValueError(str(result))
+    console.print(escape(str(result)))
 
 
 def _connected(directory: Path) -> Workspace:
@@ -362,6 +581,35 @@ def _print_states(states: list[Any]) -> None:
         table.add_row(state.title, f"[{colour}]{state.state}[/]", state.address, pid, log)
     console.print(table)
     console.print(f"logs: {escape(str(states[-1].log.parent))}", soft_wrap=True)
+
+
+def _print_answers(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:
+    table = Table("picture", "class", "confidence", "disagreement")
+    for row in rows:
+        if row["error"]:
+            table.add_row(escape(row["picture"]), f"[red]{escape(row['error'])}[/]")
+        else:
+            numbers = (f"{row[name]:.2f}" for name in ("confidence", "disagreement"))
+            table.add_row(escape(row["picture"]), escape(row["predicted"]), *numbers)
+    console.print(table)
+
+
+def _print_json(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:
+    import json
+
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def _print_csv(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:
+    import csv
+
+    columns = ["picture", "predicted", "confidence", "disagreement", *(f"p:{name}" for name in classes), "map", "error"]
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        shares = {f"p:{name}": share for name, share in row.pop("probabilities").items()}
+        writer.writerow({**row, **shares})
 
 
 if __name__ == "__main__":

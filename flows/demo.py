@@ -7,6 +7,8 @@ import io
 import shutil
 import signal
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ SETTINGS = {
     "services.live_port": 0,
 }
 PICTURES = 8  # in the report
+POLL_SECONDS = 10  # between two looks at what a person has answered
 SUMMARY_KEYS = (
     *("round", "corrections", "test_accuracy", "control_accuracy", "attention_inside_mask", "context_reliance"),
     *("promoted", "gate", "model_version", "mlflow_run_id", "git_commit", "seconds"),
@@ -50,10 +53,18 @@ class Look:
     answers: dict[str, str]
 
 
-def run_demo(repository: Path, directory: Path, rounds: int, budget: int, keep: bool) -> list[dict[str, Any]]:
+def run_demo(
+    repository: Path,
+    directory: Path,
+    rounds: int,
+    budget: int,
+    keep: bool,
+    invite: Callable[[str, str, str], None] | None = None,
+) -> list[dict[str, Any]]:
     """Make the workspace `directory` anew and run the loop in it; its summary, a mapping a round.
 
-    Leaves no process behind, however it ends, unless `keep`.
+    With `invite` a person answers the first batch: it is told address, email and password, and the demo goes on once
+    all is answered. Leaves no process behind, however it ends, unless `keep`.
     """
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1")
@@ -69,7 +80,7 @@ def run_demo(repository: Path, directory: Path, rounds: int, budget: int, keep: 
     try:
         services.up(place, lambda title, what: report(f"services: {title} {what}", 1, 1))
         services.connect(place)
-        looks = [_round(place, number) for number in range(1, rounds + 1)]
+        looks = [_round(place, number, invite if number == 1 else None) for number in range(1, rounds + 1)]
         summary = summarise(place)
         known = services.addresses(place)
         links = {"label_studio": known.label_studio, "prefect": known.prefect.removesuffix("/api")}
@@ -94,16 +105,25 @@ def clear(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def _round(place: Workspace, number: int) -> Look:
-    from flows.rounds import collect_round, open_round, simulate_labelers
+def _round(place: Workspace, number: int, invite: Callable[[str, str, str], None] | None) -> Look:
+    from flows.rounds import Collected, Opened, collect_round, open_round, simulate_labelers
 
     opened = open_round(str(place.root))
-    assert opened.round == number
+    assert isinstance(opened, Opened) and opened.round == number
     look = _look(place, number)
-    simulate_labelers(place)
-    collected = collect_round(str(place.root))
-    assert collected.closed
-    return look
+    if invite is None:
+        simulate_labelers(place)
+    else:
+        project = place.round(number).read()["project"]
+        invite(f"{services.addresses(place).label_studio}/projects/{project}/data", *services.log_in(place))
+    while True:
+        collected = collect_round(str(place.root))
+        assert isinstance(collected, Collected)
+        if collected.closed:
+            return look
+        assert invite is not None, "simulated labelers answer everything"
+        report("your answers", collected.answered, collected.tasks)
+        time.sleep(POLL_SECONDS)
 
 
 def _look(place: Workspace, number: int) -> Look:

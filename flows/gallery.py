@@ -1,18 +1,21 @@
-"""Pictures of what a model looks at: a row a sample, the picture, the network's map on it, the person's mask."""
+"""Pictures of what models look at: a row a sample, the picture, each network's map on it, the person's mask."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from abn.manifest import MaskShards
+from abn.manifest import MaskShards, Sample
 from abn.predictions import Predictions
 from labeling.tasks import heatmap
 
-TILE = 128  # pixels, the larger side of a picture in the gallery
+GOLD = "data/gold.npz"
+TILE, LINE, GAP = 128, 18, 6  # pixels: the larger side of a picture, a line of text, what lies between two pictures
+RIGHT, WRONG = (30, 130, 70), (200, 50, 60)  # answers, in RGB
 
 
 def gold_rows(predictions: Predictions, count: int, seed: int = 0) -> list[int]:
@@ -20,6 +23,14 @@ def gold_rows(predictions: Predictions, count: int, seed: int = 0) -> list[int]:
     rows = np.flatnonzero(predictions.has_gold)
     rows = rows[np.argsort(predictions.samples[rows])]
     return sorted(np.random.default_rng(seed).permutation(rows)[:count].tolist())
+
+
+def shown(root: Path, samples: Sequence[Sample], count: int, seed: int = 0) -> list[Sample]:
+    """The same `count` of the samples whatever the models, those with a gold mask before others; by id."""
+    shards, order = MaskShards(root), np.random.default_rng(seed).permutation(len(samples))
+    by_id = sorted(samples, key=lambda sample: sample.id)
+    drawn = sorted((by_id[i] for i in order), key=lambda sample: not shards.holds(GOLD, sample.id))
+    return sorted(drawn[:count], key=lambda sample: sample.id)
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -47,19 +58,52 @@ def tile(image: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(image).resize(size, smooth))
 
 
-def gallery(root: Path, images: dict[str, str], predictions: Predictions, rows: Sequence[int]) -> Image.Image:
-    """A picture, its map, its gold mask a row. `images`: sample id -> path below `root`."""
+class Seen(NamedTuple):
+    """What one model saw: its title above the column, and by sample id its attention map and its answer."""
+
+    title: str
+    maps: Mapping[str, np.ndarray]
+    answers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, title: str, names: Sequence[str], maps: np.ndarray, answers: Sequence[str]) -> Seen:
+        """From columns: sample ids, and their maps (n, h, w) and answers in the same order."""
+        return cls(title, dict(zip(names, maps, strict=True)), dict(zip(names, answers, strict=True)))
+
+
+def gallery(root: Path, samples: Sequence[Sample], models: Sequence[Seen]) -> Image.Image:
+    """A sample a row: the picture with its label, each model's map with its answer, and the gold mask, if any."""
     shards = MaskShards(root)
-    lines = []
-    for row in rows:
-        sample = str(predictions.samples[row])
-        path = root / images[sample]
-        tiles = [
-            tile(read_rgb(path)),
-            map_tile(path, predictions.maps[row]),
-            mask_tile(path, shards.get("data/gold.npz", sample)),
-        ]
-        lines.append(np.concatenate([np.pad(one, ((2, 2), (2, 2), (0, 0)), constant_values=255) for one in tiles], 1))
-    width = max(line.shape[1] for line in lines)
-    padded = [np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
-    return Image.fromarray(np.concatenate(padded, 0))
+    masked = any(shards.holds(GOLD, sample.id) for sample in samples)
+    titles = ["picture", *(model.title for model in models), *(["gold mask"] if masked else [])]
+    rows = [[_captioned(np.full((1, TILE, 3), 255, np.uint8), title) for title in titles]]
+    for sample in samples:
+        path = root / sample.image
+        row = [_captioned(tile(read_rgb(path)), sample.label)]
+        for model in models:
+            answer = model.answers[sample.id]
+            colour = RIGHT if answer == sample.label else WRONG
+            row.append(_captioned(map_tile(path, model.maps[sample.id]), f"answers {answer}", colour))
+        if shards.holds(GOLD, sample.id):
+            row.append(_captioned(mask_tile(path, shards.get(GOLD, sample.id)), ""))
+        rows.append(row)
+    return _on_white(rows)
+
+
+def _captioned(image: np.ndarray, text: str, colour: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+    """The image, as wide as a tile, with a line of text below it."""
+    height, width = image.shape[:2]
+    sheet = Image.new("RGB", (TILE, height + LINE), "white")
+    sheet.paste(Image.fromarray(image), ((TILE - width) // 2, 0))
+    font = ImageFont.load_default(12)
+    ImageDraw.Draw(sheet).text((TILE // 2, height + 1), text[:22], colour, font, anchor="ma")
+    return sheet
+
+
+def _on_white(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    heights = [max(cell.height for cell in row) + GAP for row in rows]
+    sheet = Image.new("RGB", (len(rows[0]) * (TILE + GAP), sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (column * (TILE + GAP), sum(heights[:number])))
+    return sheet

@@ -1,45 +1,183 @@
-"""Whether a challenger takes the champion's place. Judged on the validation set; test data plays no part."""
+"""Whether a challenger takes the champion's place. Judged on the validation set; test data plays no part.
+
+Both models answer the same validation pictures, none of which was ever sent to a labeler or trained on, in the same
+contexts, so that each picture compares the one with the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from abn.attention import context_reliance, energy_inside
+from abn.config import load_section
+from abn.data import Pictures
+from abn.manifest import Sample, read_manifest
+from abn.model import LoadedModel, load_model
+from abn.predict import SHARD, PredictConfig, predict
+from abn.train import TrainConfig, choose_device
+
+MEASURES = ("attention_inside_mask", "context_reliance")
+COMPARISON_COLUMNS = (
+    *("sample", "label", "champion", "challenger"),
+    *(f"{model}_{measure}" for measure in MEASURES for model in ("champion", "challenger")),
+)
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    accuracy_tolerance: float  # how much balanced accuracy a challenger may lose
-    map_tolerance: float  # how much of attention inside the mask, and of context reliance, may get worse
+    confidence: float  # that a loss of accuracy is no chance, before it counts
+    accuracy_tolerance: float  # what a challenger may lose all the same
+    worst_class_tolerance: float
+    map_tolerance: float  # how much attention inside the mask, and context reliance, may get worse on average
+    resamples: int  # of the bootstrap
+    seed: int
 
     def __post_init__(self) -> None:
-        for name in ("accuracy_tolerance", "map_tolerance"):
+        for name in ("accuracy_tolerance", "worst_class_tolerance", "map_tolerance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"gate.{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(f"gate.confidence is {self.confidence}; it must be from 0.5 to below 1")
+        if self.resamples < 100:
+            raise ValueError(f"gate.resamples is {self.resamples}; it must be at least 100")
+
+
+@dataclass(frozen=True)
+class View:
+    """What one model made of some pictures, in their order."""
+
+    answers: list[str]  # class names
+    attention_inside_mask: np.ndarray  # (n,) 0..1, higher is better; NaN without a gold mask
+    context_reliance: np.ndarray  # (n,) 0..1, lower is better; NaN without a gold mask
+    maps: np.ndarray  # (n, h, w) 0..1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same pictures."""
+
+    samples: list[Sample]
+    champion: View
+    challenger: View
+
+    def rows(self) -> list[dict[str, str]]:
+        """COMPARISON_COLUMNS of each picture: its label, each model's answer and what its map measures."""
+        rows = []
+        for number, sample in enumerate(self.samples):
+            row = {"sample": sample.id, "label": sample.label}
+            for name, seen in (("champion", self.champion), ("challenger", self.challenger)):
+                row[name] = seen.answers[number]
+                for measure in MEASURES:
+                    value = getattr(seen, measure)[number]
+                    row[f"{name}_{measure}"] = f"{value:.6f}" if np.isfinite(value) else ""
+            rows.append(row)
+        return rows
+
+
+class Criterion(NamedTuple):
+    """One thing that a challenger may not be worse in."""
+
+    name: str
+    champion: float
+    challenger: float
+    gain: float  # what the challenger may have gained at best, negative where it lost
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gain >= -self.tolerance - 1e-9
+
+    def __str__(self) -> str:
+        return f"{self.name.replace('_', ' ')} {self.champion:.3f} -> {self.challenger:.3f}"
 
 
 class Judgement(NamedTuple):
     promoted: bool
     reason: str  # with the numbers that it stands on
+    criteria: Sequence[Criterion] = ()
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """The criteria as JSON takes them."""
+        return [{**one._asdict(), "passed": one.passed} for one in self.criteria]
 
 
-def judge(challenger: Mapping[str, float], champion: Mapping[str, float] | None, config: GateConfig) -> Judgement:
-    """The challenger's validation metrics against the champion's (None: there is none yet).
+def compare(root: Path, champion: Path, challenger: Path) -> Comparison:
+    """Both models, by their files, on the validation set of the workspace at `root`."""
+    samples = [sample for sample in read_manifest(root) if sample.split == "val"]
+    config = load_section(PredictConfig, root / "params.yaml", "predict")
+    device = choose_device(load_section(TrainConfig, root / "params.yaml", "train").device)
+    views = [_view(load_model(path, device), root, samples, config) for path in (champion, challenger)]
+    return Comparison(samples, *views)
 
-    It must not be worse in balanced accuracy, and not worse in attention inside the mask and context reliance where
-    both were measured on a gold set: a model that is right for the wrong reason is no champion.
+
+def _view(model: LoadedModel, root: Path, samples: Sequence[Sample], config: PredictConfig) -> View:
+    """A shard of the pictures in memory at a time."""
+    answers: list[str] = []
+    parts = []
+    for start in range(0, len(samples), SHARD):
+        pictures = Pictures(root, samples[start : start + SHARD], model.classes, model.size)
+        seen = predict(model, pictures, config)
+        answers += [model.classes[answer] for answer in seen.probabilities.argmax(axis=1)]
+        inside = np.where(seen.has_gold, energy_inside(seen.maps, seen.gold_maps), np.nan)
+        parts.append((inside, context_reliance(seen.probabilities, seen.replaced_probabilities), seen.maps))
+    return View(answers, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def judge(comparison: Comparison, config: GateConfig) -> Judgement:
+    """Whether the challenger is not worse than the champion.
+
+    Accuracy and the accuracy of the worst class count a few pictures, so a loss must be more than chance: `gain` is
+    the upper end of the bootstrap's one-sided interval, and a challenger fails whose gain is below -tolerance. Maps
+    are measured on every picture, so there the mean of the differences is the gain. A model that is right for the
+    wrong reason is no champion.
     """
-    if champion is None:
-        return Judgement(True, "the first model")
-    compared, faults = [], []
-    for name, better, tolerance in (
-        ("balanced_accuracy", 1, config.accuracy_tolerance),
-        ("attention_inside_mask", 1, config.map_tolerance),
-        ("context_reliance", -1, config.map_tolerance),
+    champion, challenger = comparison.champion, comparison.challenger
+    truth = np.array([sample.label for sample in comparison.samples])
+    right = np.stack([np.array(champion.answers) == truth, np.array(challenger.answers) == truth])
+    criteria = _accuracies(truth, right, config)
+    for name, sign in zip(MEASURES, (1, -1), strict=True):
+        before, after = getattr(champion, name), getattr(challenger, name)
+        if (both := np.isfinite(before) & np.isfinite(after)).any():
+            means = float(before[both].mean()), float(after[both].mean())
+            criteria.append(Criterion(name, *means, sign * (means[1] - means[0]), config.map_tolerance))
+    faults = [f"{one} ({_fault(one, config)})" for one in criteria if not one.passed]
+    return Judgement(not faults, "; ".join(faults or map(str, criteria)), criteria)
+
+
+def _accuracies(truth: np.ndarray, right: np.ndarray, config: GateConfig) -> list[Criterion]:
+    """Accuracy and worst class accuracy by a paired bootstrap within the classes (Efron and Tibshirani, 1993).
+
+    `right` is (2, n): champion, challenger. Drawing n pictures with replacement is a multinomial draw of the four
+    kinds of pictures (both right, one of them, neither), so the cost does not grow with the set.
+    """
+    generator = np.random.default_rng(config.seed)
+    sizes, counted, resampled = [], [], []  # of each class: its pictures; right answers (2,), (2, resamples)
+    for label in np.unique(truth):
+        of_class = right[:, truth == label]
+        kinds = np.bincount(2 * of_class[0] + of_class[1], minlength=4)
+        drawn = generator.multinomial(kinds.sum(), kinds / kinds.sum(), size=config.resamples)
+        sizes.append(kinds.sum())
+        counted.append(of_class.sum(axis=1))
+        resampled.append([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]])
+    each = np.array(sizes)
+    criteria = []
+    for name, tolerance, score in (
+        ("accuracy", config.accuracy_tolerance, lambda hits: hits.sum(axis=0) / each.sum()),
+        ("worst_class_accuracy", config.worst_class_tolerance, lambda hits: (hits.T / each).min(axis=-1).T),
     ):
-        if name in challenger and name in champion:
-            line = f"{name.replace('_', ' ')} {champion[name]:.3f} -> {challenger[name]:.3f}"
-            compared.append(line)
-            if better * (challenger[name] - champion[name]) < -tolerance:
-                faults.append(f"{line} (may lose {tolerance})")
-    return Judgement(not faults, "; ".join(faults or compared))
+        before, after = score(np.array(counted))
+        champion, challenger = score(np.array(resampled))
+        gain = np.quantile(challenger - champion, config.confidence, method="higher")
+        criteria.append(Criterion(name, float(before), float(after), float(gain), tolerance))
+    return criteria
+
+
+def _fault(criterion: Criterion, config: GateConfig) -> str:
+    if criterion.name.endswith("accuracy"):
+        return f"{criterion.gain:+.3f} at best with {config.confidence:.0%} confidence, may lose {criterion.tolerance}"
+    return f"{criterion.gain:+.3f}, may lose {criterion.tolerance}"

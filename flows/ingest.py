@@ -25,9 +25,9 @@ import ruamel.yaml
 from PIL import ExifTags, Image, ImageOps
 
 from abn.config import suggest
-from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS
+from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, WITHDRAWAL_COLUMNS
 from flows.versions import Dvc, Git, is_repository
-from flows.workspace import Workspace, write_arrays, write_json, write_table
+from flows.workspace import Workspace, write_arrays, write_atomically, write_json, write_table
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 SPLITS = (*SHARES, "pool")
@@ -319,7 +319,7 @@ def _check_classes(sources: Sequence[Source], pictures: Sequence[Picture]) -> No
 def _read_all(sources: Sequence[Source], report: Report, progress: Progress) -> list[Picture]:
     pictures = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, (source, seen) in enumerate(zip(sources, pool.map(_read, sources), strict=True), start=1):
+        for done, (source, seen) in enumerate(zip(sources, pool.map(read_source, sources), strict=True), start=1):
             if isinstance(seen, Picture):
                 pictures.append(seen)
             else:
@@ -330,7 +330,7 @@ def _read_all(sources: Sequence[Source], report: Report, progress: Progress) -> 
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Pillow's own limit is lower than ours and comes as a warning; `_read` looks at the size before it decodes."""
+    """Pillow's own limit is lower than ours and comes as a warning; ours is looked at before decoding."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -338,7 +338,7 @@ def _any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(source: Source) -> Picture | str:
+def read_source(source: Source) -> Picture | str:
     """The picture, or the reason why it cannot be read. Raises ValueError for one that is too large."""
     try:
         with Image.open(source.path) as image:
@@ -346,7 +346,7 @@ def _read(source: Source) -> Picture | str:
             if not too_large:
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
                 upright = ImageOps.exif_transpose(image) if turned else image
-                return Picture(source, _content(upright), upright.width, upright.height, turned)
+                return Picture(source, content_of(upright), upright.width, upright.height, turned)
     except Exception as error:  # noqa: BLE001 - on a broken file Pillow's decoders raise nearly anything
         return str(error).replace(str(source.path), source.name) or type(error).__name__
     raise ValueError(
@@ -355,7 +355,7 @@ def _read(source: Source) -> Picture | str:
     )
 
 
-def _content(image: Image.Image) -> str:
+def content_of(image: Image.Image) -> str:
     """What the picture shows, as the SHA-256 of its decoded pixels: as RGB, which is what the network reads."""
     deep = image.mode[0] in "IF"  # more than 8 bits: RGB would clip them, and different pictures look the same
     pixels = image if deep else image.convert("RGB")
@@ -423,7 +423,7 @@ def _build(
 
     files = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        copied = pool.map(lambda picture: _copy(picture, workspace.images), pictures)
+        copied = pool.map(lambda picture: copy_picture(picture, workspace.images), pictures)
         for done, (picture, file) in enumerate(zip(pictures, copied, strict=True), start=1):
             files[picture.source.id] = workspace.relative(file)
             progress("copying images", done, len(pictures))
@@ -432,6 +432,7 @@ def _build(
     ]
     write_table(workspace.manifest, MANIFEST_COLUMNS, (dict(zip(MANIFEST_COLUMNS, row, strict=True)) for row in rows))
     write_table(workspace.corrections, CORRECTION_COLUMNS, [])
+    write_table(workspace.withdrawals, WITHDRAWAL_COLUMNS, [])
     judged = [picture for picture in pictures if picture.source.mask and picture.source.split in ("val", "test")]
     learned = [picture for picture in pictures if picture.source.mask and picture.source.split in ("train", "pool")]
     write_arrays(workspace.gold, _read_masks(judged, "reading the masks of the gold set", progress))
@@ -455,14 +456,14 @@ def _build(
     if not (workspace.root / ".dvc").exists():
         dvc.init()
     data = [workspace.relative(path) for path in (workspace.images, workspace.gold, workspace.start_model)]
-    tables = [workspace.params, workspace.manifest, workspace.corrections, workspace.ingest_report]
+    tables = [workspace.params, workspace.manifest, workspace.corrections, workspace.withdrawals]
     git.commit(
-        [".dvc", ".dvcignore", *dvc.add(data), *(workspace.relative(path) for path in tables)],
+        [".dvc", ".dvcignore", *dvc.add(data), *map(workspace.relative, [*tables, workspace.ingest_report])],
         f"[data] {len(pictures)} images in {len({picture.source.label for picture in pictures} - {''})} classes",
     )
 
 
-def _copy(picture: Picture, folder: Path) -> Path:
+def copy_picture(picture: Picture, folder: Path) -> Path:
     """The picture in `folder` under its id: byte for byte, or as PNG where its EXIF orientation has to be applied."""
     path, name = picture.source.path, picture.source.id
     if not picture.turned:
@@ -535,8 +536,11 @@ def change_settings(path: Path, settings: Mapping[str, Any]) -> None:
             value.fa.set_flow_style()
         params[section][key] = value
     if settings:
-        with path.open("w", encoding="utf-8") as file:
-            yaml.dump(params, file)
+        content = io.StringIO()
+        yaml.dump(params, content)
+        # A new file, by whose inode git knows that it changed: DVC rewrites git's index in a way that hides a change
+        # that keeps the size and falls into the second of the checkout.
+        write_atomically(path, content.getvalue())
 
 
 def _kind(value: Any) -> type:

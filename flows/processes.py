@@ -25,6 +25,18 @@ def stop_group(leader: int, grace: float = 10.0) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
+def stop_marked(name: str, value: str) -> int:
+    """End every process group with a process whose environment has `name` set to `value`; how many there were."""
+    groups = set()
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get(name) == value:
+            with suppress(ProcessLookupError):
+                groups.add(os.getpgid(process.pid))
+    for group in groups:
+        stop_group(group)
+    return len(groups)
+
+
 def _alive(group: int) -> bool:
     """Whether any process of the group still runs; one that has ended and waits for its parent does not."""
     for process in psutil.process_iter(["status"]):

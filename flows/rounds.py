@@ -11,11 +11,12 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,14 +25,14 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
+from prefect.states import Completed
 
 from abn.config import load_section, read_params
 from abn.manifest import (
     CORRECTION_COLUMNS,
-    LATER_COLUMNS,
+    WITHDRAWAL_COLUMNS,
     Sample,
     class_names,
-    mask_sha256,
     read_corrections,
     read_manifest,
 )
@@ -39,13 +40,19 @@ from abn.predict import PredictConfig
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
 from abn.train import Settings, TrainConfig, choose_device
-from flows.gallery import gallery, gold_rows, map_tile, read_rgb
-from flows.gate import GateConfig, Judgement, judge
+from flows.gallery import Seen, gallery, gold_rows, map_tile, read_rgb, shown
+from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
+from flows.lineage import DATA, find_round, learned_withdrawn, record, trace
+from flows.lineage_report import as_json, describe, describe_history, draw
+from flows.people import ANNOTATION_COLUMNS, annotation_rows, correction_row, simulated_labelers, still_standing
+from flows.processes import stop_marked
 from flows.progress import report
 from flows.services import addresses
+from flows.stopping import StopConfig, reason_to_stop
 from flows.tracking import STAGES, Tracker
-from flows.versions import Dvc, Git
+from flows.versions import HOLDER, Dvc, Git, holder_mark
 from flows.workspace import (
+    InUse,
     Round,
     Workspace,
     open_workspace,
@@ -56,13 +63,14 @@ from flows.workspace import (
     write_table,
 )
 from labeling.client import LabelStudio
-from labeling.corrections import Correction
+from labeling.corrections import Consensus, Correction, SetAside, settle
 from labeling.corrections import read_corrections as read_annotations
-from labeling.screen import INSTRUCTIONS, Tool, labeling_screen
+from labeling.screen import Tool, instructions, labeling_screen
 from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
 GPU = "abnloop-gpu"  # Prefect's limit of trainings at once
+LEASE = 60.0  # seconds after which a dead run's slot is free
 network_step = task(retries=3, retry_delay_seconds=[2, 10, 30], cache_policy=NO_CACHE, persist_result=False)
 science_step = task(cache_policy=NO_CACHE, persist_result=False)
 
@@ -82,26 +90,44 @@ class LabelingConfig:
     tool: Tool
     deadline_hours: float
     minimum: int
+    labelers_per_task: int = 1
+
+    def __post_init__(self) -> None:
+        if self.labelers_per_task < 1:
+            raise ValueError(f"labeling.labelers_per_task is {self.labelers_per_task}; it must be at least 1")
 
 
 # What a round reads of params.yaml beside a training's own, looked at before anything begins.
-SECTIONS = {"project": ProjectConfig, "predict": PredictConfig, "gate": GateConfig, "labeling": LabelingConfig}
+SECTIONS = {
+    "project": ProjectConfig,
+    "predict": PredictConfig,
+    "gate": GateConfig,
+    "labeling": LabelingConfig,
+    "stop": StopConfig,
+}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What `open_round` did. `new` is False where a round was open already."""
+    """What `open_round` did. `new` is False where a round was open already; `stopped` says why nobody was asked."""
 
     round: int
     new: bool
     tasks: int
     promoted: bool
     why: str
+    stopped: str = ""
+
+    def __str__(self) -> str:
+        if not self.new:
+            return f"round {self.round} is open already; `abnloop round collect` takes its answers in"
+        asked = f"asks nobody: {self.stopped}" if self.stopped else f"{self.tasks} tasks wait in Label Studio"
+        return f"{'promoted' if self.promoted else 'refused'}: {self.why}\nround {self.round}: {asked}"
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect_round` found. `round` is 0 where none was open."""
+    """What `collect_round` found in the round that was open."""
 
     round: int
     closed: bool
@@ -111,41 +137,108 @@ class Collected:
     set_aside: int
     commit: str
 
+    def __str__(self) -> str:
+        if not self.closed:
+            return f"round {self.round}: {self.answered} of {self.tasks} tasks are answered; it stays open"
+        return (
+            f"round {self.round} is closed with {self.corrections} corrections, "
+            f"{self.set_aside} set aside: {self.commit}"
+        )
+
+
+@dataclass(frozen=True)
+class Idle:
+    """There was nothing to do, or, `in_use`, somebody else does it."""
+
+    why: str
+    in_use: bool = False
+
+    def __str__(self) -> str:
+        return self.why
+
+
+Result = TypeVar("Result", Opened, Collected)
+
 
 @flow(name="open-round")
-def open_round(workspace: str = ".") -> Opened:
+def open_round(workspace: str = ".") -> Opened | Idle:
     """Train, evaluate, judge, choose whom to ask, and put the batch before the labelers. Then end."""
-    place = open_workspace(workspace)
-    with place.lock("round open"):
-        new = check_before_opening(place)
-        if new:
-            round_ = begin(place)
-            reproduce(place, round_)
-            decide(place, round_)
-            ask(place, round_)
-        keep(place)
-        return _opened(place, new)
+    return _alone("round open", workspace, _open)
 
 
 @flow(name="collect-round")
-def collect_round(workspace: str = ".") -> Collected:
+def collect_round(workspace: str = ".") -> Collected | Idle:
     """Pull what was answered since the last time; close the round when its batch is complete or overdue."""
-    place = open_workspace(workspace)
-    with place.lock("round collect"):
-        round_ = place.latest()
-        state = state_of(place, round_)
-        if round_ is None or state not in ("open", "unsealed"):
-            get_run_logger().info("no round is open, there is nothing to collect")
-            return Collected(round_.number if round_ else 0, True, 0, 0, 0, 0, "")
-        if state == "open":
-            keep(place)  # unless opening was interrupted before that, there is nothing to do
-            pull(place, round_)
+    return _alone("round collect", workspace, _collect)
+
+
+def _open(place: Workspace) -> Opened | Idle:
+    if why := nothing_to_open(place):
+        return Idle(why)
+    new = check_before_opening(place)
+    if new:
+        round_ = begin(place)
+        reproduce(place, round_)
+        weigh(place, round_)
+        decide(place, round_)
+        ask(place, round_)
+    keep(place)
+    return _opened(place, new)
+
+
+def _collect(place: Workspace) -> Collected | Idle:
+    back_up(place)  # what the remote did not take the last time
+    round_ = place.latest()
+    state = state_of(place, round_)
+    if round_ is None or state not in ("open", "unsealed"):
+        return Idle("no round is open, there is nothing to collect; open one with `abnloop round open`")
+    if state == "open":
+        keep(place)  # unless opening was interrupted before that, there is nothing to do
+        pull(place, round_, list(read_json(round_.tasks)["tasks"].values()))
         answers = read_answers(place, round_)
-        if state == "open" and not answers.complete and not answers.overdue:
-            get_run_logger().info("%d of %d tasks are answered", answers.answered, answers.tasks)
+        if not answers.complete and not answers.overdue:
+            ask_again(place, answers)
             return _collected(round_, answers, closed=False, commit="")
-        learn_from(place, round_, answers)
-        return _collected(round_, answers, closed=True, commit=seal(place, round_, answers))
+        pull(place, round_, _earlier_tasks(place, round_))
+    answers = read_answers(place, round_)
+    learn_from(place, round_, answers)
+    commit = seal(place, round_, answers)
+    back_up(place)
+    return _collected(round_, answers, closed=True, commit=commit)
+
+
+def _alone(command: str, workspace: str, work: Callable[[Workspace], Result | Idle]) -> Result | Idle:
+    """What `work` gives for the workspace, held by this process alone; what it says is the message of the run's state.
+
+    Where another run holds it, this one ends at once, which is no failure.
+    """
+    place = open_workspace(workspace)
+    try:
+        with held(place, command) as left_behind:
+            if left_behind:
+                get_run_logger().warning("%s was killed; its work goes on", left_behind)
+            result = work(place)
+    except InUse as held_by_another:
+        result = Idle(str(held_by_another), in_use=True)
+    get_run_logger().info("%s", result)
+    return Completed(message=str(result), data=result)  # type: ignore[return-value]  # Prefect takes out the data
+
+
+@contextmanager
+def held(place: Workspace, command: str) -> Iterator[str]:
+    """The workspace for `command` alone, freed of what a run that was killed still held; gives that run's signature.
+
+    MLflow then says of the round that it was gone on with. Raises InUse.
+    """
+    with place.lock(command, frees=True) as left_behind:
+        if left_behind:
+            if pid := re.search(r"\(pid (\d+) ", left_behind):
+                stop_marked(HOLDER, holder_mark(int(pid[1]), place.root))  # such as a training that lost its reader
+            Git(place.root).free_index()
+            round_ = place.latest()
+            if round_ and (runs := round_.read().get("mlflow_runs")):
+                tracker_of(place).tag(runs["round"], {"abnloop.resumed": "true"})
+        yield left_behind
 
 
 State = Literal["none", "begun", "open", "unsealed", "closed"]
@@ -163,6 +256,17 @@ def state_of(place: Workspace, round_: Round | None) -> State:
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
+
+
+def nothing_to_open(place: Workspace) -> str:
+    """Why a new round would do nothing: the loop was told to stop, and nobody said anything since. Else empty."""
+    latest = place.latest()
+    if latest is None or state_of(place, latest) != "closed":
+        return ""
+    state = latest.read()
+    if not state.get("stopped") or state["collected"]:
+        return ""
+    return _stopped(place)  # a rule that was loosened since lets the loop go on
 
 
 def check_before_opening(place: Workspace) -> bool:
@@ -202,12 +306,19 @@ def check_before_opening(place: Workspace) -> bool:
 def begin(place: Workspace) -> Round:
     """The round to work on: the one that was interrupted, or a new one."""
     latest = place.latest()
+    if not place.withdrawals.is_file():  # a workspace of before there were any
+        write_table(place.withdrawals, WITHDRAWAL_COLUMNS, [])
+        Git(place.root).commit([place.relative(place.withdrawals)], "[data] Nothing is withdrawn")
     if latest and state_of(place, latest) == "begun":
         get_run_logger().info("round %d goes on where it was interrupted", latest.number)
         return latest
     round_ = place.round(latest.number + 1 if latest else 1)
     if load_section(TrainConfig, place.params, "train").start == "champion" and place.champion.is_file():
-        shutil.copyfile(place.champion, place.start_model)
+        if learned_withdrawn(place, find_round(place)):
+            get_run_logger().warning("the champion learned from what was withdrawn: this round trains from scratch")
+            place.start_model.write_bytes(b"")
+        else:
+            shutil.copyfile(place.champion, place.start_model)
         Dvc(place.root).add([place.relative(place.start_model)])
     round_.write({"round": round_.number, "state": "begun", "begun": _now()})
     return round_
@@ -240,9 +351,39 @@ def reproduce(place: Workspace, round_: Round) -> None:
             if stage == watched:
                 tracker.follow(runs["train"], curve)
 
-    with concurrency(GPU, occupy=1, strict=False):
+    # The slot is a lease that is renewed as long as this process lives; a server that is away does not end a training.
+    with concurrency(GPU, occupy=1, lease_duration=LEASE, strict=False):
         Dvc(place.root).repro(on_line)
     tracker.follow(runs["train"], curve)
+
+
+@science_step
+def weigh(place: Workspace, round_: Round) -> None:
+    """The gate's verdict on this round's model, kept in round.json before anything follows from it.
+
+    `parent` is the champion that it was weighed against, None before there is one, and says whether the training went
+    on from that one's weights.
+    """
+    state, model = round_.read(), Dvc(place.root).hashes()["results/model.pt"]
+    if state.get("verdict", {}).get("model") == model:
+        return
+    champion, parent = read_json(place.champion_record), None
+    judgement, rows = Judgement(True, "the first model"), []
+    if champion:
+        compared = compare(place.root, place.champion, place.model)
+        judgement, rows = judge(compared, load_section(GateConfig, place.params, "gate")), compared.rows()
+        names = [sample.id for sample in compared.samples]
+        models = [
+            Seen.of(title, names, seen.maps, seen.answers)
+            for title, seen in (("champion", compared.champion), ("challenger", compared.challenger))
+        ]
+        gallery(place.root, shown(place.root, compared.samples, 8), models).save(round_.comparison_gallery)
+        starts = load_section(TrainConfig, place.params, "train").start
+        weights = "champion" if starts == "champion" and place.start_model.stat().st_size else "scratch"
+        parent = {"round": champion["round"], "model_version": champion["model_version"], "weights": weights}
+    write_table(round_.comparison, COMPARISON_COLUMNS, rows)
+    verdict = {"model": model, "promoted": judgement.promoted, "reason": judgement.reason, "decided": _now()}
+    round_.write({**state, "verdict": {**verdict, "criteria": judgement.numbers(), "parent": parent}})
 
 
 @network_step
@@ -251,82 +392,104 @@ def decide(place: Workspace, round_: Round) -> None:
     state = round_.read()
     if "promoted" in state:
         return
-    tracker, runs, hashes = tracker_of(place), state["mlflow_runs"], Dvc(place.root).hashes()
+    verdict, runs = state["verdict"], state["mlflow_runs"]
+    tracker, head, hashes = tracker_of(place), Git(place.root).head(), Dvc(place.root).hashes()
     metrics = json.loads(place.metrics.read_text())
     control = json.loads(place.control_metrics.read_text())
-    samples = read_manifest(place.root)
-    corrections = sorted(read_corrections(place.root).values(), key=lambda row: row["sample"])
+    samples, corrections = read_manifest(place.root), len(read_corrections(place.root))
+    data = {path: hashes[path] for path in DATA}
+
+    tags = {
+        "abnloop.git_commit": head,
+        "abnloop.round": round_.number,
+        "abnloop.corrections": corrections,
+        **{f"abnloop.dvc_{Path(path).stem}": md5 for path, md5 in data.items()},
+        "abnloop.dvc_model": hashes["results/model.pt"],
+        "abnloop.parent": json.dumps(verdict["parent"]),
+        "abnloop.promoted": verdict["promoted"],
+        "abnloop.gate": verdict["reason"],
+        "abnloop.decided": verdict["decided"],
+    }
+    version = tracker.register(runs["train"], place.model, place.root / "abn", tags)
+    known = {"git_commit": head, "corrections": corrections, "model_version": str(version.version)}
+    known |= {"promoted": verdict["promoted"], "gate": verdict["reason"]}
+    known |= {"metrics": metrics["test"], "validation": metrics["val"], "control": control["test"]}
+    facts = trace(place, round_, {**state, **known})
+    tracker.describe_version(version, tags, describe(facts))
+    for run in runs.values():
+        tracker.tag(run, tags)
     learned = [sample for sample in samples if sample.split in ("train", "pool")]
     judged = [sample for sample in samples if sample.split in ("val", "test")]
-
-    versions = {
-        "abnloop.git_commit": Git(place.root).head(),
-        "abnloop.round": str(round_.number),
-        "abnloop.dvc_images": hashes["data/images"],
-        "abnloop.dvc_corrections": hashes["data/corrections.csv"],
-        "abnloop.dvc_model": hashes["results/model.pt"],
-        "abnloop.corrections": str(len(corrections)),
-    }
-    for run in runs.values():
-        tracker.tag(run, versions)
-    tracker.log_inputs(runs["train"], learned, hashes, "training")
-    tracker.log_inputs(runs["evaluate"], judged, hashes, "evaluation")
+    tracker.log_inputs(runs["train"], learned, data, "training")
+    tracker.log_inputs(runs["evaluate"], judged, data, "evaluation", version)
     tracker.log_metrics(runs["evaluate"], metrics)
-    tracker.log_metrics(runs["round"], {"corrections": len(corrections), **metrics, "control": control})
-    predictions = read_predictions(place.predictions)
-    images = {sample.id: sample.image for sample in samples}
-    files: dict[str, Path | Image.Image | str] = {"metrics.json": place.metrics, "params.yaml": place.params}
-    files |= {f"plots/{path.name}": path for path in sorted(place.plots.iterdir())}
-    if rows := gold_rows(predictions, 8):
-        files["gallery.png"] = gallery(place.root, images, predictions, rows)
-    tracker.log_files(runs["evaluate"], files)
-    tracker.log_files(runs["round"], {"corrections.csv": place.corrections})
+    tracker.log_metrics(runs["round"], {"corrections": corrections, **metrics, "control": control})
+    tracker.log_files(runs["evaluate"], _evaluation_files(place, round_, samples))
+    lineage = {"lineage.json": as_json(facts), "lineage.html": draw(facts)}
+    tracker.log_files(runs["round"], {"corrections.csv": place.corrections, **lineage})
     tracker.log_files(runs["select"], {"batch.csv": place.batch})
-
-    description = f"Round {round_.number}, learned from {len(corrections)} corrections."
-    version = tracker.register(runs["train"], place.model, place.root / "abn", versions, description)
-    champion = read_json(place.champion_record)
-    if champion.get("round") == round_.number:  # promoted, then interrupted
-        verdict = Judgement(True, champion["gate"])
-    else:
-        verdict = judge(metrics["val"], champion.get("metrics"), load_section(GateConfig, place.params, "gate"))
-    tracker.tag_version(version, {"abnloop.promoted": verdict.promoted, "abnloop.gate": verdict.reason})
-    tracker.tag(runs["round"], {"abnloop.promoted": verdict.promoted, "abnloop.gate": verdict.reason})
-    if verdict.promoted:
+    if verdict["promoted"]:
         tracker.promote(version)
         shutil.copyfile(place.model, place.champion)
         Dvc(place.root).add([place.relative(place.champion)])
-        named = {"round": round_.number, "model_version": version, "gate": verdict.reason, "metrics": metrics["val"]}
-        write_json(place.champion_record, named)
+        named = {"round": round_.number, "model_version": known["model_version"], "md5": hashes["results/model.pt"]}
+        write_json(place.champion_record, {**named, "gate": verdict["reason"], "metrics": metrics["val"]})
+    tracker.describe_model(describe_history(record(place, round_, {**state, **known})))
     for run in STAGES:
         tracker.finish(runs[run])
-    create_table_artifact(key=f"metrics-{round_.name}", table=_metrics_table(metrics, control), description=description)
-    known = {"corrections": len(corrections), "model_version": version, "metrics": metrics["test"]}
-    known |= {"control": control["test"], "promoted": verdict.promoted, "gate": verdict.reason}
+    create_table_artifact(
+        key=f"metrics-{round_.name}", table=_metrics_table(metrics, control), description=describe(facts)
+    )
     round_.write({**state, **known})
+
+
+def _evaluation_files(
+    place: Workspace, round_: Round, samples: Sequence[Sample]
+) -> dict[str, Path | Image.Image | str]:
+    """Numbers and pictures by their name in MLflow."""
+    files: dict[str, Path | Image.Image | str] = {"metrics.json": place.metrics, "params.yaml": place.params}
+    files |= {f"plots/{path.name}": path for path in sorted(place.plots.iterdir())}
+    files |= {path.name: path for path in (round_.comparison, round_.comparison_gallery) if path.is_file()}
+    predictions, classes = read_predictions(place.predictions), class_names(samples)
+    if rows := gold_rows(predictions, 8):
+        names = predictions.samples[rows].tolist()
+        answers = [classes[answer] for answer in predictions.probabilities[rows].argmax(axis=1)]
+        seen = Seen.of("attention", names, predictions.maps[rows], answers)
+        by_id = {sample.id: sample for sample in samples}
+        files["gallery.png"] = gallery(place.root, [by_id[name] for name in names], [seen])
+    return files
 
 
 @network_step
 def ask(place: Workspace, round_: Round) -> None:
-    """Put the batch before the labelers: a task a sample, the network's own map its editable prediction."""
+    """Put the batch before the labelers: a task a sample, the network's own map its editable prediction.
+
+    Where a rule says stop, the round has learned from the last answers and asks nobody: its batch is empty.
+    """
     state, config = round_.read(), load_section(LabelingConfig, place.params, "labeling")
-    shutil.copyfile(place.batch, round_.batch)
+    stopped = _stopped(place)
+    batch = place.batch.read_text(encoding="utf-8")
+    write_atomically(round_.batch, batch.splitlines(keepends=True)[0] if stopped else batch)
     samples = {sample.id: sample for sample in read_manifest(place.root)}
     studio = label_studio(place)
     title = f"abnloop {load_section(ProjectConfig, place.params, 'project').name}"
     classes = class_names(list(samples.values()))
-    project = studio.ensure_project(title, labeling_screen(classes, config.tool), INSTRUCTIONS)
+    screen = labeling_screen(classes, config.tool)
+    project = studio.ensure_project(title, screen, instructions(), config.labelers_per_task)
     tasks = list(_tasks(place, round_, samples, classes, f"v{state['model_version']}", config.tool))
     for folder in (place.images, round_.heatmaps):
         studio.serve_folder(project, folder)
-    studio.attach_backend(project, addresses(place).live, "abnloop")
+    known = addresses(place)
+    studio.attach_backend(project, known.live, "abnloop", known.live_secret)
     pushed = studio.push(project, tasks, lambda done, total: report("ask: tasks", done, total))
     write_json(round_.tasks, {"project": project, "tasks": pushed})
-    tracker_of(place).tag(state["mlflow_runs"]["round"], {"abnloop.label_studio_project": project})
+    told = {"abnloop.label_studio_project": project} | ({"abnloop.stopped": stopped} if stopped else {})
+    tracker_of(place).tag(state["mlflow_runs"]["round"], told)
     url = f"{studio.url}/projects/{project}/data?task="
     rows = [{**row, "task": f"[{pushed[row['sample']]}]({url}{pushed[row['sample']]})"} for row in _read_batch(round_)]
     create_markdown_artifact(key=f"batch-{round_.name}", markdown=_markdown(rows), description="Who is asked, and why.")
-    round_.write({**state, "state": "open", "opened": _now(), "project": project})  # last: now nothing is left to do
+    opened = {"state": "open", "opened": _now(), "project": project} | ({"stopped": stopped} if stopped else {})
+    round_.write({**state, **opened})  # last: now nothing is left to do
 
 
 @science_step
@@ -334,7 +497,7 @@ def keep(place: Workspace) -> None:
     """Commit what the round stands on: code and data versions, metrics, the batch and its tasks."""
     round_ = place.latest()
     assert round_ is not None
-    files = [round_.batch, round_.tasks, round_.state]
+    files = [round_.batch, round_.tasks, round_.comparison, round_.state]
     paths = ["dvc.lock", "results", "models", *map(place.relative, files)]
     Git(place.root).commit(paths, f"[round {round_.number}] Ask {len(_read_batch(round_))} questions")
 
@@ -350,7 +513,8 @@ def _tasks(
         path, heat = place.root / sample.image, round_.heatmaps / f"{sample.id}.png"
         Image.fromarray(map_tile(path, predictions.maps[row])).save(heat)
         height, width = read_rgb(path).shape[:2]
-        answer = int(predictions.probabilities[row].argmax())
+        shares = dict(zip(classes, predictions.probabilities[row].tolist(), strict=True))
+        predicted = max(shares, key=shares.__getitem__)
         question = Question(
             sample=sample.id,
             image_url=LabelStudio.local_file_url(place.root, path),
@@ -358,10 +522,11 @@ def _tasks(
             width=width,
             height=height,
             label=sample.label,
-            predicted=classes[answer],
-            confidence=float(predictions.probabilities[row, answer]),
+            predicted=predicted,
+            confidence=shares[predicted],
             reason=pick["reason"],
             attention_map=predictions.maps[row],
+            label_confidence=shares.get(sample.label),
         )
         yield make_task(question, version, round_.number, tool)
 
@@ -373,8 +538,10 @@ def _tasks(
 class Answers:
     """What a round's annotations say so far."""
 
-    corrections: list[Correction]
-    set_aside: list[dict[str, Any]]
+    corrections: list[Consensus]  # one a sample: training learns from these
+    opinions: list[Correction]  # one a sample and labeler: what they stand on, and what is still disputed
+    set_aside: list[SetAside]
+    asked_again: dict[int, int]  # task whose labelers disagree -> how many shall have answered it
     answered: int
     tasks: int
     overdue: bool
@@ -385,53 +552,93 @@ class Answers:
 
 
 @network_step
-def pull(place: Workspace, round_: Round) -> None:
-    """Append what changed in Label Studio since the last pull to annotations.jsonl, as received."""
-    asked = read_json(round_.tasks)
+def pull(place: Workspace, round_: Round, tasks: Sequence[int]) -> None:
+    """Append to annotations.jsonl, as received, those of `tasks` that changed since they were last pulled."""
+    studio, project = label_studio(place), read_json(round_.tasks)["project"]
+    changed = changed_tasks(place, studio, project, tasks)
     lines = _read_lines(round_.annotations)
-    known = {(task["id"], task["updated_at"]) for task in lines}
-    latest = max((task["updated_at"] for task in lines), default=None)
-    # A minute of overlap: a transaction may become visible after a later one.
-    since = _label_studio_time(datetime.fromisoformat(latest) - timedelta(minutes=1)) if latest else None
-    tasks = label_studio(place).answered(asked["project"], since, list(asked["tasks"].values()))
-    new = [task for task in tasks if (task["id"], task["updated_at"]) not in known]
-    write_atomically(round_.annotations, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in lines + new))
-    get_run_logger().info("%d tasks changed since %s", len(new), latest or "the start")
+    lines += studio.answered(project, task_ids=changed) if changed else []
+    write_atomically(round_.annotations, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in lines))
+    get_run_logger().info("%d of %d tasks changed", len(changed), len(tasks))
+
+
+def changed_tasks(place: Workspace, studio: LabelStudio, project: int, tasks: Sequence[int]) -> list[int]:
+    """Those of `tasks` with answers that no round has pulled.
+
+    A task changed where its time of change is another than it was, so no clock has to be right.
+    """
+    rounds = place.rounds()
+    known = {int(task): at for one in rounds for task, at in one.read().get("pulled", {}).items()}
+    if rounds and "pulled" not in rounds[-1].read():
+        known |= {task["id"]: task["updated_at"] for task in _read_lines(rounds[-1].annotations)}
+    return [task for task, at in studio.changes(project, tasks).items() if known.get(task) != at]
+
+
+def _earlier_tasks(place: Workspace, round_: Round) -> list[int]:
+    """The tasks of the rounds before: what was said of them after their round had closed enters this one."""
+    earlier = [one for one in place.rounds() if one.number < round_.number]
+    return [task for one in earlier for task in read_json(one.tasks)["tasks"].values()]
 
 
 def read_answers(place: Workspace, round_: Round) -> Answers:
-    """The annotations received so far; those that cannot be learned from are set aside with their reason."""
+    """The annotations received so far; those that cannot be learned from are set aside with their reason.
+
+    A task on which a first panel of labelers disagrees is not answered until somebody else has looked at it, too.
+    """
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
+    asked, known = set(read_json(round_.tasks)["tasks"].values()), read_corrections(place.root, withdrawn=True)
     latest = {task["id"]: task for task in _read_lines(round_.annotations)}  # later lines replace earlier ones
-    corrections, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
+    latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
+    opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
+    panel = max(2, config.labelers_per_task)
+    corrections, disputes = settle(opinions, panel)
+    again = [dispute.opinions[-1].task for dispute in disputes if len(dispute.opinions) <= panel]
+    aside += [
+        SetAside(one.annotation, one.sample, dispute.reason, one.labeler, one.minutes)
+        for dispute in disputes
+        for one in dispute.opinions
+    ]
+    said = {task: {one["labeler"] for one in latest[task]["annotations"]} for task in asked & latest.keys()}
     overdue = datetime.now(UTC) > datetime.fromisoformat(state["opened"]) + timedelta(hours=config.deadline_hours)
     return Answers(
         corrections,
-        [asdict(one) for one in aside],
-        sum(bool(task["annotations"]) for task in latest.values()),
-        len(read_json(round_.tasks)["tasks"]),
+        opinions,
+        aside,
+        {number: latest[number]["total_annotations"] + 1 for number in again},
+        sum(len(labelers) >= config.labelers_per_task for number, labelers in said.items() if number not in again),
+        len(asked),
         overdue and len(corrections) >= config.minimum,
     )
 
 
+def _is_news(round_: Round, task: Mapping[str, Any], known: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether a task of an earlier round says more of its sample than earlier rounds took in."""
+    row = known.get(task["data"]["sample"])
+    if row is None or int(row["round"]) >= round_.number:
+        return True
+    learned = datetime.fromisoformat(row["revision"])
+    return any(datetime.fromisoformat(one["updated_at"]) > learned for one in task["annotations"])
+
+
+@network_step
+def ask_again(place: Workspace, answers: Answers) -> None:
+    """Disputed tasks go back into the queue, for somebody who has not answered them yet."""
+    studio = label_studio(place)
+    for task_id, labelers in answers.asked_again.items():
+        studio.ask_again(task_id, labelers)
+
+
 @science_step
 def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
-    """Masks into the round's shard, corrections into the table that training reads."""
+    """Masks into the round's shard, what the labelers agree on into the table that training reads, and every single
+    annotation into the round's own table."""
     masks = {one.sample: one.mask for one in answers.corrections if one.mask is not None}
     write_arrays(round_.masks, sorted(masks.items()))
-    rows = read_corrections(place.root)
+    annotations = annotation_rows(answers.opinions, answers.set_aside)
+    write_table(round_.corrections, ANNOTATION_COLUMNS, annotations)
+    rows = still_standing(read_corrections(place.root, withdrawn=True), annotations)
     for one in answers.corrections:
-        mask = masks.get(one.sample)
-        rows[one.sample] = {
-            **LATER_COLUMNS,
-            **{name: str(getattr(one, name)) for name in ("sample", "annotation", "revision", "labeler", "verdict")},
-            "round": str(round_.number),
-            "label": one.label or "",
-            "minutes": f"{one.minutes:.2f}",
-            "model_version": one.model_version,
-            "masks": "" if mask is None else place.relative(round_.masks),
-            "sha256": "" if mask is None else mask_sha256(mask),
-        }
+        rows[one.sample] = correction_row(one, round_.number, place.relative(round_.masks))
     write_table(place.corrections, CORRECTION_COLUMNS, sorted(rows.values(), key=lambda row: row["sample"]))
 
 
@@ -440,17 +647,21 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     """Version masks and annotations, commit, tag the round, tell MLflow; the commit."""
     git, dvc, state = Git(place.root), Dvc(place.root), round_.read()
     verdicts = dict(sorted(Counter(one.verdict for one in answers.corrections).items()))
-    minutes = round(sum(one.minutes for one in answers.corrections), 2)
+    minutes = round(sum(one.minutes for one in answers.opinions), 2)
     found = {
         "collected": len(answers.corrections),
         "verdicts": verdicts,
         "minutes": minutes,
-        "set_aside": answers.set_aside,
+        "set_aside": [asdict(one) for one in answers.set_aside],
+        "pulled": {task["id"]: task["updated_at"] for task in _read_lines(round_.annotations)},
     }
-    round_.write({**state, **found, "state": "closed", "closed": state.get("closed") or _now()})
+    closed = state.get("closed") or max(_now(), state["opened"])  # a clock that was set back makes no negative times
+    round_.write({**state, **found, "state": "closed", "closed": closed})
     versioned = dvc.add([place.relative(round_.annotations), place.relative(round_.masks)])
-    dvc.push()
-    paths = [*versioned, place.relative(round_.state), place.relative(place.corrections)]
+    if dvc.remote():
+        write_json(place.unpushed, {"since": closed, **read_json(place.unpushed)})
+    tables = (round_.state, round_.corrections, place.corrections)
+    paths = [*versioned, *map(place.relative, tables)]
     commit = git.commit(paths, f"[round {round_.number}] Learn from {len(answers.corrections)} corrections")
     tracker, run = tracker_of(place), state["mlflow_runs"]["round"]
     tracker.tag(run, {"abnloop.round_commit": commit, "abnloop.tag": round_.tag})
@@ -461,7 +672,27 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     return commit
 
 
-def simulate_labelers(place: Workspace, faults: Faults = Faults(), seed: int = 0) -> Counter[str]:  # noqa: B008
+@science_step
+def back_up(place: Workspace) -> None:
+    """Copy to the DVC remote what it lacks. One that cannot be reached now is tried again by the next run."""
+    if not place.unpushed.is_file():
+        return
+    try:
+        Dvc(place.root).push()
+    except ValueError as error:
+        waiting = {**read_json(place.unpushed), "why": str(error)}
+        write_json(place.unpushed, waiting)
+        get_run_logger().warning("the DVC remote lacks data since %s: %s", waiting["since"], error)
+    else:
+        place.unpushed.unlink()
+
+
+def simulate_labelers(
+    place: Workspace,
+    faults: Faults = Faults(),  # noqa: B008
+    seed: int = 0,
+    labelers: int = 1,
+) -> Counter[str]:
     """Simulated labelers answer what is open through Label Studio's API; how often each verdict was given.
 
     They know the masks that `abnloop init` set aside for them. Raises ValueError where there are none, or where no
@@ -479,7 +710,8 @@ def simulate_labelers(place: Workspace, faults: Faults = Faults(), seed: int = 0
     def say(done: int, total: int) -> None:
         report("simulated labelers: tasks", done, total)
 
-    return simulate(label_studio(place), asked["project"], asked["tasks"].values(), masks, faults, seed, say)
+    people = simulated_labelers(place, label_studio(place), labelers)
+    return simulate(people, asked["project"], asked["tasks"].values(), masks, faults, seed, say)
 
 
 # --- shared --------------------------------------------------------------------------------------------------------
@@ -498,8 +730,13 @@ def tracker_of(place: Workspace) -> Tracker:
 def _opened(place: Workspace, new: bool) -> Opened:
     round_ = place.latest()
     assert round_ is not None
-    state = round_.read()
-    return Opened(round_.number, new, len(read_json(round_.tasks)["tasks"]), state["promoted"], state["gate"])
+    state, tasks = round_.read(), len(read_json(round_.tasks)["tasks"])
+    return Opened(round_.number, new, tasks, state["promoted"], state["gate"], state.get("stopped", ""))
+
+
+def _stopped(place: Workspace) -> str:
+    """Why the labelers should not be asked any more, or an empty text."""
+    return reason_to_stop([one.read() for one in place.rounds()], load_section(StopConfig, place.params, "stop"))
 
 
 def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Collected:
@@ -512,11 +749,6 @@ def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Co
         len(answers.set_aside),
         commit,
     )
-
-
-def _label_studio_time(moment: datetime) -> str:
-    """The one format that its filters take."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _now() -> str:

@@ -1,19 +1,35 @@
-"""The flows on a schedule: `abnloop serve`."""
+"""The flows on a schedule, as prefect.yaml names them: `abnloop serve`, or `prefect deploy` for a work pool."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import prefect
+import yaml
+from prefect.automations import Automation
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger, EventTrigger, Posture
+from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
+from prefect.utilities.templating import apply_values
 
 from abn.config import load_section
-from flows.rounds import GPU, collect_round, open_round
-from flows.workspace import Workspace
+from flows.hints import resource
+from flows.rounds import GPU
+from flows.workspace import Workspace, open_workspace
+
+HEARTBEAT = "prefect.flow-run.heartbeat"
+SILENCE = timedelta(minutes=10)  # a run that says nothing for so long is dead; on a busy machine a heart beats late
+FREES_DEAD_RUNS = "abnloop: runs without a heartbeat have crashed"
 
 
 @dataclass(frozen=True)
@@ -31,41 +47,82 @@ class FlowsConfig:
 
 
 def serve(place: Workspace) -> None:
-    """Make the deployments `retrain` and `collect` and, without a work pool, run them here until interrupted.
+    """Make the deployments of prefect.yaml and, without a work pool, run them here until interrupted.
 
     With `flows.work_pool` the pool's workers run them. Raises ValueError for a pool that does not exist.
     """
+    pool = load_section(FlowsConfig, place.params, "flows").work_pool
+    if pool == "none":
+        prefect.serve(*deployments(place))
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(pool)
+        except ObjectNotFound:
+            raise ValueError(
+                f"flows.work_pool is {pool}, which does not exist; "
+                f"make it with `prefect work-pool create --type process {pool}`"
+            ) from None
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--pool", pool]
+    done = subprocess.run(command, cwd=place.root, env=dict(os.environ), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"prefect deploy failed: {' '.join((done.stderr or done.stdout).split()[-40:])}")
+
+
+def deployments(place: Workspace) -> list[RunnerDeployment]:
+    """What prefect.yaml names, its placeholders filled in, ready to be served by this process."""
+    known = prepare(place.root)
+    named = yaml.safe_load((place.root / "prefect.yaml").read_text())["deployments"]
+    return [_deployment(apply_values(one, known)) for one in named]
+
+
+def prepare(workspace: str | Path = ".") -> dict[str, Any]:
+    """The build step of prefect.yaml: what its placeholders mean.
+
+    It also makes what runs need on the server: the limit of trainings at once, whose slots are leases that a dead run
+    loses after minutes, and the automation that calls a run crashed when its heart stops.
+    """
+    place = open_workspace(workspace)
     config = load_section(FlowsConfig, place.params, "flows")
     with get_client(sync_client=True) as client:
-        if config.work_pool != "none":
-            try:
-                client.read_work_pool(config.work_pool)
-            except ObjectNotFound:
-                raise ValueError(
-                    f"flows.work_pool is {config.work_pool}, which does not exist; "
-                    f"make it with `prefect work-pool create --type process {config.work_pool}`"
-                ) from None
         client.upsert_global_concurrency_limit_by_name(GPU, config.gpu_concurrency)
-    parameters, tags = {"workspace": str(place.root)}, ["abnloop"]
-    every = timedelta(minutes=config.collect_minutes)
-    if config.work_pool == "none":
-        prefect.serve(
-            # Typed as a coroutine too, for callers inside an event loop.
-            open_round.to_deployment("retrain", cron=config.retrain_cron, parameters=parameters, tags=tags),  # type: ignore[arg-type]
-            collect_round.to_deployment("collect", interval=every, parameters=parameters, tags=tags),  # type: ignore[arg-type]
-        )
-        return
-    source = str(Path(__file__).resolve().parent.parent)
-    for name, entrypoint, schedule in (
-        ("retrain", "open_round", {"cron": config.retrain_cron}),
-        ("collect", "collect_round", {"interval": every}),
-    ):
-        flow: Any = prefect.Flow.from_source(source=source, entrypoint=f"flows/rounds.py:{entrypoint}")
-        flow.deploy(
-            name,
-            work_pool_name=config.work_pool,
-            parameters=parameters,
-            tags=tags,
-            print_next_steps=False,
-            **schedule,
-        )
+    _free_dead_runs()
+    return {
+        "workspace": str(place.root),
+        "resource": resource(place),
+        "retrain_cron": config.retrain_cron,
+        "collect_seconds": config.collect_minutes * 60,
+    }
+
+
+def _deployment(spec: dict[str, Any]) -> RunnerDeployment:
+    path, _, name = spec.pop("entrypoint").partition(":")
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    schedule = {key: value for one in spec.pop("schedules") for key, value in one.items()}
+    triggers = [DeploymentEventTrigger(**one) for one in spec.pop("triggers", [])]
+    made: RunnerDeployment = flow.to_deployment(**spec, **schedule, triggers=triggers)
+    return made
+
+
+def _free_dead_runs() -> None:
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    wanted = Automation(
+        name=FREES_DEAD_RUNS,
+        trigger=EventTrigger(
+            after={HEARTBEAT},
+            expect={HEARTBEAT, *ends},
+            for_each={"prefect.resource.id"},
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                name=None, state=StateType.CRASHED, message=f"no heartbeat for {SILENCE.seconds} seconds", force=False
+            )
+        ],
+    )
+    with get_client(sync_client=True) as client:
+        if not client.read_automations_by_name(FREES_DEAD_RUNS):
+            client.create_automation(wanted)

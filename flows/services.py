@@ -31,6 +31,9 @@ EMAIL = "admin@example.com"  # Label Studio wants something that looks like an a
 TITLES = {"label_studio": "Label Studio", "prefect": "Prefect", "mlflow": "MLflow", "live": "abnloop"}
 HEALTH = {"label_studio": "/health", "prefect": "/api/health", "mlflow": "/health", "live": "/health"}
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"  # the token of a Label Studio that is not ours to start
+# Where the embedded servers keep what they know, in place of SQLite and files in the workspace. They hold passwords, so
+# they come from the environment alone, under the servers' own names.
+STORES = ("PREFECT_API_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")
 
 # Those that this process started: whoever starts a process has to wait for its end.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -40,15 +43,19 @@ OnChange = Callable[[str, str], None]  # the title of a service, what became of 
 
 @dataclass(frozen=True)
 class Services:
-    """Ports; 0: any free one, kept once chosen."""
+    """Ports; 0: any free one, kept once chosen. Addresses; embedded: started by `abnloop up`."""
 
     label_studio_port: int
     prefect_port: int
     mlflow_port: int
     live_port: int
+    prefect_url: str = "embedded"
+    mlflow_url: str = "embedded"
+    live_url: str = "embedded"
 
     def __post_init__(self) -> None:
-        fixed = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name)}
+        ports = [field.name for field in fields(self) if field.name.endswith("_port")]
+        fixed = {name: getattr(self, name) for name in ports if getattr(self, name)}
         for name, port in fixed.items():
             if not 0 < port < 65536:
                 raise ValueError(
@@ -68,6 +75,7 @@ class Addresses:
     prefect: str  # its API
     mlflow: str  # the tracking URI
     live: str
+    live_secret: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class Finding:
     remedy: str
 
 
-def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 180.0) -> list[State]:
+def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 1800.0) -> list[State]:
     """Start every service that is not up, side by side, and wait until all of them answer.
 
     Fine when they are up already. Raises ValueError for a port that is taken, or with the last lines of its log for a
@@ -156,7 +164,7 @@ def status(workspace: Workspace) -> list[State]:
         process = _leader(record)
         answers = process is not None and _answers(record["url"] + HEALTH[name])
         if name not in wanted:
-            states.append(State(name, title, "external", _external_url(workspace), None, None))
+            states.append(State(name, title, "external", _external_url(workspace, name), None, None))
         else:
             states.append(
                 State(
@@ -178,7 +186,10 @@ def addresses(workspace: Workspace) -> Addresses:
         if not _leader(records.get(name, {})):
             raise ConnectionError(f"{TITLES[name]} is down; start it with `abnloop up`")
     url, token = label_studio_access(workspace)
-    return Addresses(url, token, records["prefect"]["url"] + "/api", records["mlflow"]["url"], records["live"]["url"])
+    prefect, mlflow, live = (
+        _external_url(workspace, name) or records[name]["url"] for name in ("prefect", "mlflow", "live")
+    )
+    return Addresses(url, token, prefect + "/api", mlflow, live, live_secret(workspace))
 
 
 def connect(workspace: Workspace) -> None:
@@ -192,6 +203,7 @@ def connect(workspace: Workspace) -> None:
         PREFECT_HOME=str(workspace.prefect),
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
         PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL",
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30",  # seconds; flows/serve.py has a run without it called crashed
         MLFLOW_TRACKING_URI=known.mlflow,
         MLFLOW_LOGGING_LEVEL="ERROR",
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
@@ -211,7 +223,7 @@ def disconnect() -> None:
 
 def label_studio_access(workspace: Workspace) -> tuple[str, str]:
     """Label Studio's address and a token for it. Raises PermissionError where no token is known for an external one."""
-    external = _external_url(workspace)
+    external = _external_url(workspace, "label_studio")
     if not external:
         return read_json(workspace.services).get("label_studio", {}).get("url", ""), _secrets(workspace)["token"]
     token = os.environ.get(TOKEN_VARIABLE, "")
@@ -220,6 +232,11 @@ def label_studio_access(workspace: Workspace) -> tuple[str, str]:
             f"no token for Label Studio at {external}; set {TOKEN_VARIABLE} to an access token of yours"
         )
     return external, token
+
+
+def live_secret(workspace: Workspace) -> str:
+    """What Label Studio has to say to be answered by the live service."""
+    return _secrets(workspace)["live"]
 
 
 def log_in(workspace: Workspace) -> tuple[str, str]:
@@ -274,7 +291,8 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
             executable, workspace.label_studio, port, EMAIL, secret["password"], secret["token"], workspace.root
         )
         return studio.argv, studio.env, studio.url
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "UVICORN_"))}
+    ours = ("PREFECT_", "MLFLOW_", "UVICORN_")
+    env = {key: value for key, value in os.environ.items() if key in STORES or not key.startswith(ours)}
     env |= {"NO_PROXY": f"localhost,{HOST}", "no_proxy": f"localhost,{HOST}", "DO_NOT_TRACK": "1"}
     if name == "prefect":
         workspace.prefect.mkdir(parents=True, exist_ok=True)
@@ -283,15 +301,18 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            # On disk, so that a restarted server still knows whose slots it has to free.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }
         return [python, "-m", "prefect", "server", "start", *listen], env, url
     if name == "mlflow":
         workspace.mlflow.mkdir(parents=True, exist_ok=True)
-        # The command builds its database before its one worker starts, and health answers after that.
-        store = ["--backend-store-uri", f"sqlite:///{workspace.mlflow / 'mlflow.db'}", "--workers", "1"]
-        artifacts = ["--artifacts-destination", str(workspace.mlflow / "artifacts")]
+        env.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{workspace.mlflow / 'mlflow.db'}")
+        env.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(workspace.mlflow / "artifacts"))
         env |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        return [python, "-m", "mlflow", "server", *listen, *store, *artifacts], env, url
+        # The command builds its database before its one worker starts, and health answers after that.
+        return [python, "-m", "mlflow", "server", *listen, "--workers", "1"], env, url
+    live_secret(workspace)  # made before two processes ask for it
     # The workspace's own modules come first, those that we run from where it has none.
     env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     return [python, "-m", "flows.live_service", "--workspace", str(workspace.root), "--port", str(port)], env, url
@@ -403,20 +424,22 @@ def _last_words(workspace: Workspace, name: str) -> str:
 
 def _wanted(workspace: Workspace) -> list[str]:
     """The services that are ours to start."""
-    return [name for name in TITLES if name != "label_studio" or not _external_url(workspace)]
+    return [name for name in TITLES if not _external_url(workspace, name)]
 
 
-def _external_url(workspace: Workspace) -> str:
-    """The address of a Label Studio that is not ours to start, or an empty text."""
-    url = read_params(workspace.params).get("labeling", {}).get("url", "embedded")
-    return "" if url == "embedded" else str(url).rstrip("/")
+def _external_url(workspace: Workspace, name: str) -> str:
+    """The address of a service that is not ours to start, or an empty text."""
+    section, key = ("labeling", "url") if name == "label_studio" else ("services", f"{name}_url")
+    url = str(read_params(workspace.params).get(section, {}).get(key, "embedded"))
+    return "" if url == "embedded" else url.rstrip("/")
 
 
 def _secrets(workspace: Workspace) -> dict[str, str]:
-    """Password and token of the embedded Label Studio, made once."""
+    """Password and token of the embedded Label Studio and the live service's secret, each made once."""
     known = read_json(workspace.secrets)
-    if not known:
-        known = {"password": secrets.token_urlsafe(12), "token": secrets.token_hex(20)}
+    made = {"password": secrets.token_urlsafe(12), "token": secrets.token_hex(20), "live": secrets.token_urlsafe(24)}
+    if made.keys() - known.keys():
+        known = made | known
         write_json(workspace.secrets, known, mode=0o600)
     return known
 
@@ -513,6 +536,11 @@ def _check_dvc(workspace: Workspace) -> list[Finding]:
     missing = dvc.missing()
     if missing:
         findings.append(Finding("broken", f"the DVC cache lacks {', '.join(missing)}", "`dvc pull` fetches it"))
+    if late := read_json(workspace.unpushed):
+        why = f": {late['why']}" if "why" in late else ""
+        findings.append(
+            Finding("advice", f"the DVC remote lacks data since {late['since']}{why}", "`dvc push` copies it")
+        )
     if not dvc.remote():
         findings.append(
             Finding(

@@ -18,7 +18,8 @@ from typing import Any
 import mlflow
 import numpy as np
 import tenacity
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
@@ -97,27 +98,34 @@ class Tracker:
             self.client.log_batch, run, metrics=[Metric(k, float(v), now, 0) for k, v in _flatten(metrics).items()]
         )
 
-    def log_inputs(self, run: str, samples: Sequence[Sample], hashes: Mapping[str, str], context: str) -> None:
-        """The samples, by split, as MLflow data sets with the hashes that DVC knows them by."""
+    def log_inputs(
+        self,
+        run: str,
+        samples: Sequence[Sample],
+        data: Mapping[str, str],
+        context: str,
+        version: ModelVersion | None = None,
+    ) -> None:
+        """The samples, by split, as MLflow data sets with the hashes that DVC knows them by (`data`: path -> MD5), and
+        the model that was run on them."""
         inputs = []
-        source = json.dumps(
-            {path: hashes.get(path, "") for path in ("data/images", "data/manifest.csv", "data/corrections.csv")}
-        )
+        source = json.dumps(dict(data))
         # MLflow takes data sets of the same name and digest for one, and keeps what it was told first.
         digest = hashlib.sha256(source.encode()).hexdigest()[:32]
         for split in sorted({sample.split for sample in samples}):
             chosen = [sample for sample in samples if sample.split == split]
             profile = {"samples": len(chosen), "with_mask": sum(bool(sample.masks) for sample in chosen)}
             profile |= {f"class {name or '(none)'}": n for name, n in sorted(Counter(s.label for s in chosen).items())}
-            data = Dataset(
+            dataset = Dataset(
                 name=f"{self.name} {split}",
                 digest=digest,
                 source_type="dvc",
                 source=source,
                 profile=json.dumps(profile, ensure_ascii=False),
             )
-            inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", context)]))
-        self._call(self.client.log_inputs, run, inputs)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        models = [LoggedModelInput(str(version.source).removeprefix("models:/"))] if version else None
+        self._call(self.client.log_inputs, run, inputs, models)
 
     def log_files(self, run: str, files: Mapping[str, Path | Image.Image | str]) -> None:
         """Artifacts by their path in the run: a file, a picture, or a text."""
@@ -136,14 +144,14 @@ class Tracker:
     def finish(self, run: str) -> None:
         self._call(self.client.set_terminated, run)
 
-    def register(self, run: str, model: Path, code: Path, tags: Mapping[str, str], description: str) -> str:
-        """Log the model file as a pyfunc model of `run` and register it; its version.
+    def register(self, run: str, model: Path, code: Path, tags: Mapping[str, Any]) -> ModelVersion:
+        """Log the model file as a pyfunc model of `run` and register it.
 
         Once a run: after a crash the version that is there is taken. `code` is the package abn that it needs.
         """
         found = self.client.search_model_versions(f"name = '{self.name}' and run_id = '{run}'")
         if found:
-            return str(found[0].version)
+            return found[0]
         script = Path(__file__).with_name("network.py")
         signature = ModelSignature(
             inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
@@ -160,18 +168,23 @@ class Tracker:
                 pip_requirements=[_pinned(name) for name in MODEL_REQUIREMENTS],
             )
         with contextlib.redirect_stderr(io.StringIO()):  # where it says at length that all went well
-            registered = mlflow.register_model(logged.model_uri, self.name, tags=dict(tags))
-        version = str(registered.version)
-        self.client.update_model_version(self.name, version, description)
-        return version
+            return mlflow.register_model(
+                logged.model_uri, self.name, tags={key: str(value) for key, value in tags.items()}
+            )
 
-    def promote(self, version: str) -> None:
+    def promote(self, version: ModelVersion) -> None:
         """Give `version` the alias champion."""
-        self._call(self.client.set_registered_model_alias, self.name, CHAMPION, version)
+        self._call(self.client.set_registered_model_alias, self.name, CHAMPION, str(version.version))
 
-    def tag_version(self, version: str, tags: Mapping[str, Any]) -> None:
+    def describe_version(self, version: ModelVersion, tags: Mapping[str, Any], text: str) -> None:
+        """Tags and, in Markdown, what a reviewer reads of a version."""
         for key, value in tags.items():
-            self._call(self.client.set_model_version_tag, self.name, version, key, str(value))
+            self._call(self.client.set_model_version_tag, self.name, str(version.version), key, str(value))
+        self._call(self.client.update_model_version, self.name, str(version.version), text)
+
+    def describe_model(self, text: str) -> None:
+        """What a reviewer reads of the registered model, in Markdown."""
+        self._call(self.client.update_registered_model, self.name, text)
 
     def _find(self, experiment: str, query: str) -> Run | None:
         runs = self._call(self.client.search_runs, [experiment], query, max_results=1)

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import tenacity
 import yaml
 
 from flows.processes import stop_group
+
+HOLDER = "ABNLOOP_HOLDER"  # in the environment of what this process starts: its own number, and where it works
 
 
 class _Busy(Exception):
@@ -73,6 +77,14 @@ class Git:
             self._run(*self._identity(), "-c", "commit.gpgSign=false", "commit", "--quiet", "-m", message, "--", *names)
         return self.head()
 
+    def restore(self, paths: Iterable[str]) -> None:
+        """Make `paths` what they are in HEAD; those that it does not have are removed."""
+        for path in paths:
+            if self._run("ls-tree", "HEAD", "--", path):
+                self._run("checkout", "--quiet", "HEAD", "--", path)
+            else:
+                (self.root / path).unlink(missing_ok=True)
+
     def tag(self, name: str) -> None:
         """Name HEAD `name`. Fine when it has that name already; a ValueError when another commit has it."""
         there = self._run("tag", "--list", "--format=%(objectname)", name).strip()
@@ -89,9 +101,38 @@ class Git:
         """The commit that a tag or branch names, 40 hexadecimal digits."""
         return self._run("rev-parse", "--verify", f"{name}^{{commit}}").strip()
 
+    def content(self, commit: str, path: str) -> bytes | None:
+        """What the file at `path` holds in `commit`; None where there is no such commit or file."""
+        try:
+            return self._run("show", f"{commit}:{path}").encode("utf-8", "surrogateescape")
+        except ValueError:
+            return None
+
     def checkout(self, commit: str) -> None:
         """Make the tree that of `commit`, a branch or a tag; changes that would be lost make it a ValueError."""
         self._run("checkout", "--quiet", commit, "--")
+
+    def export(self, commit: str, paths: Sequence[str], folder: Path) -> None:
+        """Write the files that `commit` has below `paths` into `folder`; a path that it lacks is a ValueError."""
+        archive = folder / "export.tar"
+        self._run("archive", "--format=tar", f"--output={archive}", commit, "--", *paths)
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
+        archive.unlink()
+
+    def before(self, path: str) -> str:
+        """The commit before the one that first had `path`."""
+        first = self._run("log", "--diff-filter=A", "--format=%H", "--reverse", "--", path).split()
+        if not first:
+            raise ValueError(f"no commit has {path}; finish the round with `abnloop round open`")
+        return self.commit_of(f"{first[0]}~")
+
+    def free_index(self, age: float = 30.0) -> None:
+        """Remove the index's lock where a git that was killed has left it, `age` seconds ago or more."""
+        lock = self.root / ".git" / "index.lock"
+        # A clock that was set back dates it into the future.
+        if lock.is_file() and abs(time.time() - lock.stat().st_mtime) > age:
+            lock.unlink(missing_ok=True)
 
     def configured(self, key: str) -> bool:
         """Whether git's configuration sets `key`, such as user.email."""
@@ -146,6 +187,15 @@ class Dvc:
         Raises ValueError where the cache does not hold one. Outputs of stages that never ran are left alone.
         """
         self._run("checkout", *targets)
+
+    def pull(self, targets: Sequence[str] = ()) -> None:
+        """Fetch what the cache lacks from the default remote, all of it or `targets`, and check it out."""
+        self._run("pull", *targets)
+
+    def caches(self, md5: str) -> bool:
+        """Whether the cache holds the content with that MD5, for a folder its list of files."""
+        cache = Path(self._run("cache", "dir").split("\n")[-1].strip())
+        return (cache / "files" / "md5" / md5[:2] / md5[2:]).is_file()
 
     def push(self) -> bool:
         """Copy what the cache holds to the default remote; False where there is none."""
@@ -216,6 +266,7 @@ class Dvc:
         environment.pop("PYTHONSAFEPATH", None)  # it would hide the modules of the working directory
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         environment["DVC_NO_ANALYTICS"] = "1"
+        environment[HOLDER] = holder_mark(os.getpid(), self.root)
         # Threads of a training that wait for each other must not keep the cores busy: beside other work, such as the
         # servers, that costs a factor of ten.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -244,6 +295,11 @@ class Dvc:
             raise ValueError(f"stage {stage[1]} failed: {said[-1].strip() if said else errors[0]}")
         last = errors[0].removeprefix("ERROR: ") if errors else " ".join(text.split()[-40:])
         raise ValueError(f"dvc {command} failed: {last}")
+
+
+def holder_mark(pid: int, root: Path) -> str:
+    """What tells the processes that `pid` started in the workspace at `root` from all others."""
+    return f"{pid} {root.resolve()}"
 
 
 def _without_git() -> dict[str, str]:

@@ -55,8 +55,23 @@ class Round:
         return self.folder / "annotations.jsonl"
 
     @property
+    def corrections(self) -> Path:
+        """Every annotation of the round with what it says; of the workspace's table each row is one sample."""
+        return self.folder / "corrections.csv"
+
+    @property
     def masks(self) -> Path:
         return self.folder / "masks.npz"
+
+    @property
+    def comparison(self) -> Path:
+        """Champion and challenger on each validation picture: what the gate's verdict stands on."""
+        return self.folder / "comparison.csv"
+
+    @property
+    def comparison_gallery(self) -> Path:
+        """Both models' maps of the same pictures; MLflow keeps it, git does not."""
+        return self.folder / "comparison.png"
 
     @property
     def state(self) -> Path:
@@ -68,6 +83,10 @@ class Round:
 
     def write(self, state: dict[str, Any]) -> None:
         write_json(self.state, state)
+
+
+class InUse(ValueError):
+    """Another process holds the workspace; says which."""
 
 
 class Workspace:
@@ -108,6 +127,16 @@ class Workspace:
         return self.data / "corrections.csv"
 
     @property
+    def captured(self) -> Path:
+        """Where the samples that came in through the inbox are from, and why they were kept."""
+        return self.data / "captured.csv"
+
+    @property
+    def withdrawals(self) -> Path:
+        """What was withdrawn from the training set, and what was let in again; it only grows."""
+        return self.data / "withdrawals.csv"
+
+    @property
     def ingest_report(self) -> Path:
         return self.data / "ingest.json"
 
@@ -125,8 +154,13 @@ class Workspace:
 
     @property
     def champion_record(self) -> Path:
-        """Which round and version the champion is of, and the metrics that a challenger has to meet."""
+        """Which round and version the champion is of, and its metrics."""
         return self.models / "champion.json"
+
+    @property
+    def decisions(self) -> Path:
+        """Every promotion and refusal, oldest first: the history of the champion."""
+        return self.models / "decisions.csv"
 
     @property
     def results(self) -> Path:
@@ -176,6 +210,16 @@ class Workspace:
         return self.state / "simulation.npz"
 
     @property
+    def inbox(self) -> Path:
+        """Pictures that the service or `abnloop predict` kept for labelers (flows/inbox.py)."""
+        return self.state / "inbox.db"
+
+    @property
+    def simulated_labelers(self) -> Path:
+        """The access tokens of their accounts."""
+        return self.state / "simulated_labelers.json"
+
+    @property
     def secrets(self) -> Path:
         return self.state / "secrets.json"
 
@@ -203,6 +247,11 @@ class Workspace:
     def lock_file(self) -> Path:
         return self.state / "lock"
 
+    @property
+    def unpushed(self) -> Path:
+        """There while the DVC remote lacks something: since when, and why the last attempt failed."""
+        return self.state / "unpushed.json"
+
     def relative(self, path: Path) -> str:
         """`path` as git, DVC and the manifest write it: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
@@ -224,11 +273,13 @@ class Workspace:
         return rounds[-1] if rounds else None
 
     @contextmanager
-    def lock(self, command: str, name: str = "lock") -> Iterator[None]:
+    def lock(self, command: str, name: str = "lock", frees: bool = False) -> Iterator[str]:
         """Hold the workspace for `command`; one process at a time.
 
         `name` tells apart what is held: "lock" the rounds, "services.lock" the services, which a round may start.
-        Raises ValueError that names the holder. The kernel releases the lock when the holder ends, however it ends.
+        Raises InUse. The kernel releases the lock when the holder ends, however it ends; only one that was killed
+        leaves its signature behind. The next holder gets it (else an empty text), and leaves it for the one after
+        unless it `frees` what the killed one held.
         """
         self.state.mkdir(exist_ok=True)
         with (self.state / name).open("a+") as file:
@@ -238,17 +289,18 @@ class Workspace:
                 # The holder may be between taking the lock and signing it.
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ValueError(
-                    f"{self.root} is in use by {holder}; wait until it ends, or end that process"
-                ) from None
+                raise InUse(f"{self.root} is in use by {holder}; wait until it ends, or end that process") from None
+            file.seek(0)
+            left_behind = file.read().strip()
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
             file.write(f"`abnloop {command}` (pid {os.getpid()} on {socket.gethostname()}, since {since})")
             file.flush()
             try:
-                yield
+                yield left_behind
             finally:
                 file.truncate(0)
+                file.write("" if frees else left_behind)
 
 
 def open_workspace(root: str | Path) -> Workspace:
@@ -289,6 +341,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
     """`content` as a JSON file at `path`, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV file at `path`; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

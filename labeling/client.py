@@ -10,13 +10,17 @@ wrong request does not. Errors are one line:
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
+import re
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 import label_studio_sdk
@@ -27,6 +31,7 @@ Answer = TypeVar("Answer")
 # Tasks asked for at once, and sent at once: with a soft map of a large picture a task has some megabytes.
 PAGE = 100
 PART = 20
+SERVICE_USER = "label-studio"  # as whom it calls the services that are attached to it
 
 
 class LabelStudioUnreachable(ConnectionError):
@@ -52,7 +57,8 @@ class LabelStudio:
         self._patience = patience
         # A proxy for the outer world must not see calls to this machine.
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        http = httpx.Client(timeout=60, follow_redirects=True, trust_env=not local)
+        self._trust_env = not local
+        http = httpx.Client(timeout=60, follow_redirects=True, trust_env=self._trust_env)
         weakref.finalize(self, http.close)
         try:
             # Untyped: what the SDK declares is the hosted edition, not what a community server takes and answers.
@@ -67,8 +73,41 @@ class LabelStudio:
         self._call(self._api.users.whoami)
         return str(self._call(self._api.versions.get).release)
 
-    def ensure_project(self, title: str, screen: str, instructions: str) -> int:
-        """The id of the project called `title`: made once, its screen and instructions kept up to date."""
+    def who(self) -> str:
+        """The email of the owner of the token."""
+        return str(self._call(self._api.users.whoami).email)
+
+    def emails(self) -> set[str]:
+        """Of everybody who has an account, in lower case."""
+        return {user.email.lower() for user in self._call(self._api.users.list)}
+
+    def invite(self, email: str, password: str) -> None:
+        """Make an account that can log in and sees every project, as if its owner had followed an invitation.
+
+        Raises ValueError where there is one of that email already, or the server does not like email or password.
+        """
+        path = self._call(self._api.organizations.invites.get_invite_link).invite_url
+        page = urljoin(self.url, path)
+
+        # No retry: where the answer got lost, the account may be there, and the second try would be refused.
+        with httpx.Client(timeout=60, trust_env=self._trust_env) as http:
+            try:
+                http.get(page)
+                form = {"email": email, "password": password, "csrfmiddlewaretoken": http.cookies["csrftoken"]}
+                answer = http.post(page, data=form, headers={"Referer": page})
+            except httpx.TransportError as error:
+                raise self._explained(error) from error
+        if answer.status_code != 302:
+            refused = " ".join(re.findall(r"<li>(.*?)</li>", answer.text, re.DOTALL)) or f"({answer.status_code})"
+            raise ValueError(f"Label Studio at {self.url} made no account for {email}: {unescape(refused)}")
+
+    def ensure_project(self, title: str, screen: str, instructions: str, labelers_per_task: int = 1) -> int:
+        """The id of the project called `title`: made once, its screen and instructions kept up to date.
+
+        A task is done when `labelers_per_task` people have answered it. Whoever asks for the next task gets one at
+        random among those that are not done, so that the order of a batch leads nobody; with several labelers a task,
+        first one that somebody else has already answered.
+        """
         if not 3 <= len(title) <= 50:
             raise ValueError(f"the project title {title!r} must have 3 to 50 characters")
         settings = {
@@ -77,6 +116,8 @@ class LabelStudio:
             "show_instruction": True,
             "show_collab_predictions": True,
             "enable_empty_annotation": False,
+            "maximum_annotations": labelers_per_task,
+            "sampling": "Uniform sampling",
         }
 
         def ensure() -> int:
@@ -105,12 +146,28 @@ class LabelStudio:
         relative = file.resolve().relative_to(document_root.resolve())
         return "/data/local-files/?d=" + quote(relative.as_posix())
 
-    def attach_backend(self, project: int, url: str, title: str) -> None:
-        """Let the service at `url` answer strokes and hear about annotations of `project`; once an address."""
+    def attach_backend(self, project: int, url: str, title: str, secret: str) -> None:
+        """Let the service at `url`, which knows `secret`, answer strokes and hear about annotations of `project`.
+
+        Once a title: attaching it again renews address and secret, since the editor asks only the first service.
+        """
+        settings = {
+            **{"project": project, "url": url, "title": title, "is_interactive": True},
+            **{"auth_method": "BASIC_AUTH", "basic_auth_user": SERVICE_USER, "basic_auth_pass": secret},
+        }
+        # Made by Label Studio for a new service, without any authentication; a moved one keeps its old address.
+        webhook = {"url": f"{url}/webhook", "headers": {"Authorization": webhook_authorization(secret)}}
 
         def attach() -> None:
-            if all(backend.url != url for backend in self._api.ml.list(project=project)):
-                self._api.ml.create(project=project, url=url, title=title, is_interactive=True)
+            known = [backend for backend in self._api.ml.list(project=project) if backend.title == title]
+            if known:
+                self._api.ml.update(known[0].id, **settings)
+            else:
+                self._api.ml.create(**settings)
+            ours = {webhook["url"], *(f"{backend.url}/webhook" for backend in known)}
+            for hook in self._api.webhooks.list(project=str(project)):
+                if hook.url in ours:
+                    self._api.webhooks.update(hook.id, **webhook)
 
         self._call(attach)
 
@@ -138,19 +195,31 @@ class LabelStudio:
             self._call(lambda: self._api.projects.update(project, model_version=version))
         return found
 
-    def answered(
-        self, project: int, since: str | None = None, task_ids: Iterable[int] | None = None
-    ) -> list[dict[str, Any]]:
+    def overview(self, project: int, task_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """The tasks, all or these, as plain JSON without their annotations and predictions, which are large."""
+        if task_ids is None:
+            return list(self._list(project, [], "task_only"))
+        found: list[dict[str, Any]] = []
+        for begin in range(0, len(task_ids), PAGE):
+            these = _filter("id", "in_list", "Number", list(task_ids[begin : begin + PAGE]))
+            found += self._list(project, [these], "task_only")
+        return found
+
+    def changes(self, project: int, task_ids: Sequence[int]) -> dict[int, str]:
+        """Those of the tasks that have an annotation, a skipped one too, and when each changed last ("updated_at")."""
+        tasks = self.overview(project, task_ids)
+        return {
+            task["id"]: task["updated_at"]
+            for task in tasks
+            if task["total_annotations"] or task["cancelled_annotations"]
+        }
+
+    def answered(self, project: int, task_ids: Iterable[int] | None = None) -> list[dict[str, Any]]:
         """Tasks with at least one annotation, skipped ones too, in order of their id, as plain JSON.
 
-        `since`: only those that changed after this time of the server (a task's "updated_at"); `task_ids`:
-        only these. Each annotation has the labeler's email as "labeler".
+        `task_ids`: only these. Each annotation has the labeler's email as "labeler".
         """
-        limits = []
-        if since is not None:
-            limits.append(_filter("updated_at", "greater", "Datetime", since))
-        if task_ids is not None:
-            limits.append(_filter("id", "in_list", "Number", list(task_ids)))
+        limits = [] if task_ids is None else [_filter("id", "in_list", "Number", list(task_ids))]
         found: dict[int, dict[str, Any]] = {}
         # Skipping makes a cancelled annotation, which the count of annotations leaves out.
         for count in ("total_annotations", "cancelled_annotations"):
@@ -167,15 +236,31 @@ class LabelStudio:
         """One task with its annotations and predictions, as plain JSON."""
         return _plain(self._call(lambda: self._api.tasks.get(id=task_id)))
 
+    def ask_again(self, task_id: int, labelers: int) -> None:
+        """Put a task back into the queue until `labelers` people have answered it; nobody gets it twice."""
+
+        def reopen() -> None:
+            if self._api.tasks.get(id=task_id).overlap != labelers:
+                self._api.tasks.update(id=task_id, overlap=labelers, is_labeled=False)
+
+        self._call(reopen)
+
+    def delete(self, task_id: int) -> None:
+        """Remove a task with all that was said about it."""
+        self._call(lambda: self._api.tasks.delete(id=task_id))
+
     def annotate(
         self,
         task_id: int,
         result: Sequence[dict[str, Any]],
         lead_time: float,
         parent_prediction: int | None = None,
+        skip: bool = False,
     ) -> None:
-        """Submit an annotation as the owner of the token; `lead_time` in seconds."""
-        known = {} if parent_prediction is None else {"parent_prediction": parent_prediction}
+        """Submit an annotation as the owner of the token, or skip the task; `lead_time` in seconds."""
+        known: dict[str, Any] = {"was_cancelled": True} if skip else {}
+        if parent_prediction is not None:
+            known["parent_prediction"] = parent_prediction
         # The server refuses a second annotation of the same name, so an answer that got lost does no harm.
         name = str(uuid.uuid4())
 
@@ -189,6 +274,34 @@ class LabelStudio:
                     raise
 
         self._call(submit)
+
+    def annotation_results(self, annotation: int) -> list[dict[str, Any]]:
+        """What is stored in an annotation now."""
+        results: list[dict[str, Any]] = _plain(self._call(self._api.annotations.get, annotation))["result"]
+        return results
+
+    def set_annotation_results(self, annotation: int, results: Sequence[dict[str, Any]]) -> None:
+        """Replace what is stored in an annotation; its labeler and time at the screen stay, its revision does not."""
+        self._call(lambda: self._api.annotations.update(annotation, result=list(results)))
+
+    def drafts(self, task: int) -> dict[int, list[dict[str, Any]]]:
+        """What labelers have begun on a task and not submitted: draft id -> results."""
+        return {draft["id"]: draft["result"] for draft in self._call(self._request, "GET", f"api/tasks/{task}/drafts")}
+
+    def set_draft_results(self, draft: int, results: Sequence[dict[str, Any]]) -> None:
+        """Replace what is stored in a draft."""
+        self._call(self._request, "PATCH", f"api/drafts/{draft}/", {"result": list(results)})
+
+    def leave_draft(self, task: int, results: Sequence[dict[str, Any]], lead_time: float) -> None:
+        """Save an answer without submitting it, as the editor does while one works; `lead_time` in seconds."""
+        self._call(self._request, "POST", f"api/tasks/{task}/drafts", {"result": list(results), "lead_time": lead_time})
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A call that the SDK has no method for."""
+        response = self._api._client_wrapper.httpx_client.request(path, method=method, json=body)
+        if not response.is_success:
+            raise ApiError(status_code=response.status_code, body=response.text)
+        return response.json()
 
     def _push_part(self, project: int, tasks: Sequence[dict[str, Any]]) -> dict[str, int]:
         found = self._look_up(project, tasks)
@@ -211,19 +324,19 @@ class LabelStudio:
                 found[sample] = min(task.id, found.get(sample, task.id))
         return found
 
-    def _list(self, project: int, filters: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    def _list(self, project: int, filters: list[dict[str, Any]], fields: str = "all") -> Iterable[dict[str, Any]]:
         """Tasks page by page, each page its own call."""
         page = 1
         while True:
-            items = self._call(self._page, project, _query(filters), page)
+            items = self._call(self._page, project, _query(filters), page, fields)
             yield from items
             if len(items) < PAGE:
                 return
             page += 1
 
-    def _page(self, project: int, query: str, page: int) -> list[dict[str, Any]]:
+    def _page(self, project: int, query: str, page: int, fields: str) -> list[dict[str, Any]]:
         try:
-            answer = self._api.tasks.list(project=project, query=query, page=page, page_size=PAGE)
+            answer = self._api.tasks.list(project=project, query=query, page=page, page_size=PAGE, fields=fields)
         except ApiError as error:
             if error.status_code == 404 and page > 1:
                 return []  # the page after the last
@@ -255,6 +368,16 @@ class LabelStudio:
         if _passing(error):
             return LabelStudioUnreachable(f"Label Studio at {self.url} keeps failing ({status}): {detail}")
         return ValueError(f"Label Studio at {self.url} refused the request ({status}): {detail}")
+
+
+def service_authorization(secret: str) -> str:
+    """The header with which Label Studio calls an attached service."""
+    return "Basic " + base64.b64encode(f"{SERVICE_USER}:{secret}".encode()).decode()
+
+
+def webhook_authorization(secret: str) -> str:
+    """The header of its webhook. Everyone with an account can read it there, so it must not tell the secret."""
+    return "Bearer " + hmac.new(secret.encode(), b"webhook", "sha256").hexdigest()
 
 
 def _passing(error: BaseException) -> bool:

@@ -1,11 +1,17 @@
-"""Annotations become corrections. Pure; an annotation that cannot be used is set aside, never fatal."""
+"""Annotations become corrections, and several labelers' corrections of a sample one consensus. Pure.
+
+An annotation that cannot be used is set aside with its reason, never fatal.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import combinations
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -13,18 +19,25 @@ import numpy as np
 from labeling.screen import VERDICTS, class_name
 from labeling.tasks import read_mask
 
-# Labelers leave for lunch with a task open.
+# Labelers leave for lunch with a task open: no answer counts for more minutes than this, nor for more than so many
+# times the median of its verdict.
 LONGEST_MINUTES = 30.0
+IDLE = 10.0
+SKIPPED = "skipped by the labeler"
 # A pixel belongs to a mask from here on: a brush writes 255, its rim less.
 INSIDE = 128
+# Two masks with a smaller IoU have less in common than they differ in: somebody else has to look.
+SAME_OBJECT_IOU = 0.5
 
 
 @dataclass(frozen=True)
 class Correction:
     """What one labeler said about one sample.
 
-    `revision` is the annotation's time of change, `label` the right class where the verdict is label_wrong,
-    `minutes` the capped time at the screen, `mask` (height, width) uint8 0..255 where the verdict has one.
+    `revision` is the annotation's time of change, `label` the right class where the verdict is label_wrong or the
+    picture had none, `minutes` the time at the screen without idle time, `mask` (height, width) uint8 0..255 where the
+    verdict has one, and `moved` 0..1 how far that mask lies from the map that was shown: 0 is the map itself, 1 shares
+    nothing with it, None where there is no mask or nothing was shown.
     """
 
     sample: str
@@ -36,26 +49,55 @@ class Correction:
     label: str | None
     minutes: float
     model_version: str
+    moved: float | None
     mask: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """An annotation that cannot be used, and why."""
+    """An annotation that teaches nothing, and why: it was skipped, or cannot be used."""
 
     annotation: int
     sample: str
     reason: str
+    labeler: str = ""
+    minutes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What the labelers of one sample say together.
+
+    `mask` is the mean of the masks of those who carried the verdict, `weight` 0..1 their share of the labelers times
+    the mean IoU of their masks: 1 where a labeler answered alone. `opinions` are all corrections that went into it,
+    the outvoted ones too.
+    """
+
+    sample: str
+    verdict: str
+    label: str | None
+    mask: np.ndarray | None
+    weight: float
+    opinions: tuple[Correction, ...]
+
+
+@dataclass(frozen=True)
+class Dispute:
+    """A sample whose labelers do not agree, and how."""
+
+    sample: str
+    reason: str
+    opinions: tuple[Correction, ...]
 
 
 def read_corrections(
     tasks: Iterable[Mapping[str, Any]], classes: Sequence[str]
 ) -> tuple[list[Correction], list[SetAside]]:
-    """One correction a sample, the latest usable revision, in order of sample id; and what was set aside.
+    """One correction a sample and labeler, the latest usable revision, in that order; and what was set aside.
 
     `tasks` are Label Studio's, as `LabelStudio.answered` gives them.
     """
-    latest: dict[str, tuple[datetime, int, Correction]] = {}
+    latest: dict[tuple[str, str], tuple[datetime, int, Correction]] = {}
     aside: list[SetAside] = []
     for task in tasks:
         for annotation in _annotations(task):
@@ -64,16 +106,82 @@ def read_corrections(
                 order = (_time(correction.revision), correction.annotation, correction)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 reason = str(error) if type(error) is ValueError else f"unexpected annotation: {error!r}"
-                aside.append(SetAside(_whole(annotation, "id"), _sample(task), reason))
+                aside.append(_set_aside(task, annotation, reason))
                 continue
-            if correction.sample not in latest or order[:2] > latest[correction.sample][:2]:
-                latest[correction.sample] = order
-    return [latest[sample][2] for sample in sorted(latest)], aside
+            who = (correction.sample, correction.labeler)
+            if who not in latest or order[:2] > latest[who][:2]:
+                latest[who] = order
+    return _without_idle([latest[who][2] for who in sorted(latest)]), aside
+
+
+def settle(corrections: Iterable[Correction], panel: int) -> tuple[list[Consensus], list[Dispute]]:
+    """What the labelers of each sample agree on, and the samples on which they do not, both in order of sample id.
+
+    The labelers take sides: one for each class that is said to be right, one for unusable, one for a mask, whatever
+    the verdict that came with it. The larger side wins; a tie is a dispute. So are masks of up to `panel` labelers
+    that have too little in common; those of more are merged all the same, with the small weight that they deserve,
+    unless no pixel is in most of them.
+    """
+    by_sample: dict[str, list[Correction]] = defaultdict(list)
+    for correction in corrections:
+        by_sample[correction.sample].append(correction)
+    agreed, disputes = [], []
+    for sample in sorted(by_sample):
+        opinions = tuple(by_sample[sample])
+        (side, votes), *others = Counter(map(_side, opinions)).most_common()
+        winners = [one for one in opinions if _side(one) == side]
+        alike = fmean([agreement(one, other) for one, other in combinations(winners, 2)] or [1.0])
+        mask = _mean([one.mask for one in winners if one.mask is not None])
+        if others and others[0][1] == votes:
+            said = ", ".join(f"{one.labeler} {one.label or one.verdict}" for one in opinions)
+            disputes.append(Dispute(sample, f"the labelers disagree: {said}", opinions))
+        elif alike < SAME_OBJECT_IOU and (len(opinions) <= panel or (mask is not None and mask.max() < INSIDE)):
+            disputes.append(Dispute(sample, f"the labelers' masks have an IoU of only {alike:.2f}", opinions))
+        else:
+            verdicts = {one.verdict for one in winners}
+            verdict = verdicts.pop() if len(verdicts) == 1 else "map_fixed"
+            weight = votes / len(opinions) * alike
+            agreed.append(Consensus(sample, verdict, winners[0].label, mask, weight, opinions))
+    return agreed, disputes
+
+
+def agreement(one: Correction, other: Correction) -> float:
+    """How far two labelers say the same of a sample, 0..1: the IoU of their masks where both gave one."""
+    if _side(one) != _side(other):
+        return 0.0
+    if one.mask is None or other.mask is None:
+        return 1.0
+    return _iou(one.mask >= INSIDE, other.mask >= INSIDE)
+
+
+def _mean(masks: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Rounded down, so that what only one of two labelers painted is no part of the object (see INSIDE): a mask that
+    is too large does more harm than one that is too small."""
+    return np.mean(masks, axis=0).astype(np.uint8) if masks else None
+
+
+def _side(correction: Correction) -> str | None:
+    return correction.label or ("mask" if correction.mask is not None else correction.verdict)
+
+
+def _iou(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union, of grey levels too: sum of the minima over sum of the maxima; 1 for two empty ones."""
+    union = int(np.maximum(one, other).sum())
+    return int(np.minimum(one, other).sum()) / union if union else 1.0
+
+
+def _without_idle(corrections: list[Correction]) -> list[Correction]:
+    times = defaultdict(list)
+    for one in corrections:
+        if one.minutes > 0:  # else the time got lost
+            times[one.verdict].append(one.minutes)
+    longest = {verdict: IDLE * median(minutes) for verdict, minutes in times.items()}
+    return [replace(one, minutes=min(one.minutes, longest.get(one.verdict, 0.0))) for one in corrections]
 
 
 def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Sequence[str]) -> Correction:
     if annotation.get("was_cancelled"):
-        raise ValueError("skipped by the labeler")
+        raise ValueError(SKIPPED)
     data, results = task["data"], annotation["result"]
     height, width = data["height"], data["width"]
     if not isinstance(data["sample"], str) or any(
@@ -86,27 +194,24 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
     if verdict not in VERDICTS:
         raise ValueError(f"unknown verdict {verdict!r}")
 
-    label = None
-    if verdict == "label_wrong":
-        key = _choice(results, "new_class")
-        if key is None:
-            raise ValueError("the class is said to be wrong, but no class was chosen")
-        label = class_name(key)
-        if label not in classes:
-            raise ValueError(f"unknown class {label!r}")
-
     shown = _shown(task, annotation)
-    mask = None
+    label, mask = _label(task, results, verdict, classes), None
     if verdict == "whole_image":
         mask = np.full((height, width), 255, np.uint8)
-    elif verdict in ("map_ok", "map_fixed"):
+    elif verdict in ("map_ok", "map_fixed", "all_but_map"):
         mask = read_mask(results, height, width)
         if mask is None and verdict == "map_ok" and shown is not None:
             mask = read_mask(shown["result"], height, width)
         if mask is None:
             raise ValueError("no mask")
+        if verdict == "all_but_map":
+            mask = np.where(mask >= INSIDE, 0, 255).astype(np.uint8)
         if not (mask >= INSIDE).any():
             raise ValueError("empty mask")
+    elif verdict == "label_wrong" and _painted(results):
+        mask = read_mask(results, height, width)
+        if mask is not None and not (mask >= INSIDE).any():
+            mask = None
     return Correction(
         sample=data["sample"],
         task=task["id"],
@@ -117,8 +222,33 @@ def _read(task: Mapping[str, Any], annotation: Mapping[str, Any], classes: Seque
         label=label,
         minutes=_minutes(annotation.get("lead_time")),
         model_version=str((shown or data).get("model_version") or ""),
+        moved=_moved(mask, shown),
         mask=mask,
     )
+
+
+def _label(
+    task: Mapping[str, Any], results: Sequence[Mapping[str, Any]], verdict: str, classes: Sequence[str]
+) -> str | None:
+    """The class that the labeler gives the picture: the chosen one, or, where the picture had none and the evidence for
+    the network's answer was shown or painted, that answer."""
+    if verdict == "label_wrong":
+        key = _choice(results, "new_class")
+        if key is None:
+            raise ValueError("the class is said to be wrong, but no class was chosen")
+        label = class_name(key)
+    elif verdict != "unusable" and (asked := task.get("meta") or {}).get("label") == "":
+        label = asked["predicted"]
+    else:
+        return None
+    if label not in classes:
+        raise ValueError(f"unknown class {label!r}")
+    return label
+
+
+def _painted(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a region is not as the network had it."""
+    return any(result.get("from_name") == "mask" and result.get("origin") != "prediction" for result in results)
 
 
 def _shown(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -126,6 +256,13 @@ def _shown(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> Mapping[st
     predictions = task.get("predictions") or []
     parent = [prediction for prediction in predictions if prediction["id"] == annotation.get("parent_prediction")]
     return (parent or predictions or [None])[-1]
+
+
+def _moved(mask: np.ndarray | None, shown: Mapping[str, Any] | None) -> float | None:
+    if mask is None or shown is None:
+        return None
+    before = read_mask(shown["result"], *mask.shape)
+    return None if before is None else 1 - _iou(before, mask)
 
 
 def _choice(results: Sequence[Mapping[str, Any]], name: str) -> str | None:
@@ -154,11 +291,14 @@ def _annotations(task: Any) -> list[Any]:
     return annotations if isinstance(annotations, list) else []
 
 
-def _sample(task: Mapping[str, Any]) -> str:
-    data = task.get("data")
-    return str(data.get("sample", "")) if isinstance(data, Mapping) else ""
-
-
-def _whole(annotation: Any, key: str) -> int:
-    value = annotation.get(key) if isinstance(annotation, Mapping) else None
-    return value if isinstance(value, int) else -1
+def _set_aside(task: Mapping[str, Any], annotation: Any, reason: str) -> SetAside:
+    """Whatever the annotation still tells of itself."""
+    known = annotation if isinstance(annotation, Mapping) else {}
+    number, data = known.get("id"), task.get("data")
+    return SetAside(
+        number if isinstance(number, int) else -1,
+        str(data.get("sample", "")) if isinstance(data, Mapping) else "",
+        reason,
+        str(known.get("labeler") or ""),
+        _minutes(known.get("lead_time")),
+    )

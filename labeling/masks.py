@@ -16,6 +16,7 @@ import binascii
 import io
 import struct
 import zlib
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,8 +76,8 @@ def decode_rle(rle: Sequence[int], height: int, width: int) -> np.ndarray:
     Raises ValueError for a stream that is truncated, claims another size, or is not such a stream.
     """
     count = _checked_size(height, width) * 4
-    # No run costs more than 27 bits a value, so a longer list is no mask of this size (and would eat memory).
-    if not isinstance(rle, (list, tuple)) or not HEADER_BITS // 8 < len(rle) <= count * 4 + 16:
+    # A single value costs 14 bits, the last one at most 27; a longer list is no mask of this size, and eats memory.
+    if not isinstance(rle, (list, tuple)) or not HEADER_BITS // 8 < len(rle) <= count * 2 + 16:
         raise ValueError(f"the RLE is no list of a length that a {width} x {height} mask can have")
     try:
         data = bytes(rle)
@@ -92,18 +93,24 @@ def decode_rle(rle: Sequence[int], height: int, width: int) -> np.ndarray:
         raise ValueError(f"the RLE has values of {word_size} bits; only 8 are a mask")
 
     stream = np.frombuffer(data + bytes(4), np.uint8)
-    at = _value_positions(stream, len(data) * 8, sizes)
-    literal = at < 0
-    run = np.where(literal, 0, at)
-    size = np.array(sizes)[_read(stream, run, 3) & 3]
-    length = _read(stream, run + 3, 16) >> (16 - size)
-    ends = np.cumsum(np.where(literal, 1, length + 1))
+    at = _run_positions(stream, len(data) * 8, sizes)
+    size = np.array(sizes)[_read(stream, at, 3) & 3]
+    ends = np.cumsum((_read(stream, at + 3, 16) >> (16 - size)) + 1)
     used = int(np.searchsorted(ends, count)) + 1
     if used > ends.size or ends[used - 1] != count:
         raise ValueError(f"the RLE is truncated or damaged: its runs do not add up to {count} values")
-    values = _read(stream, np.where(literal, ~at, run + 3 + size)[:used], WORD_SIZE).astype(np.uint8)
+    at, size, ends = at[:used], size[:used], ends[:used]
+    first = at + 3 + size  # where the values of a run begin
     # Channel 3 of pixel k is value 4k + 3, so of a run that ends before value `end`, end // 4 pixels are done.
-    return np.repeat(values, np.diff(ends[:used] // 4, prepend=0)).reshape(height, width)
+    pixels = np.diff(ends // 4, prepend=0)
+    mask = np.repeat(_read(stream, first, WORD_SIZE).astype(np.uint8), pixels)
+    literal = _read(stream, at, 1) == 0
+    if literal.any():
+        inside = np.flatnonzero(np.repeat(literal, pixels))
+        begin = np.append(0, ends[:-1])  # the first value of each run
+        start = np.repeat((first - begin * WORD_SIZE)[literal], pixels[literal])
+        mask[inside] = _read(stream, start + (4 * inside + 3) * WORD_SIZE, WORD_SIZE)
+    return mask.reshape(height, width)
 
 
 def encode_png(mask: np.ndarray) -> str:
@@ -155,36 +162,32 @@ def decode_png(url: str, height: int, width: int) -> np.ndarray:
         raise ValueError(f"the bitmask is damaged: {error}") from error
 
 
-def _value_positions(stream: np.ndarray, end: int, sizes: list[int]) -> np.ndarray:
-    """Where the runs begin, in bits; a single value of a literal run as ~position of the value itself.
+def _run_positions(stream: np.ndarray, end: int, sizes: list[int]) -> np.ndarray:
+    """Where each run begins, in bits; a run that is cut short is left out.
 
-    Where a run begins depends on all before it, so this is a loop, kept to one look-up and one addition
-    a run: the length that a repeating run would have is worked out for every bit at once. 0: a literal run.
+    Where a run begins depends on all before it, so this is a loop, kept to one look-up and one addition a run: the
+    length that a repeating run would have is worked out for every bit at once. 0: a literal run.
     """
     bits = np.unpackbits(stream)
     repeated = bits << 2
     repeated[:-1] |= bits[1:] << 1
     repeated[:-2] |= bits[2:]
+    data = stream.tobytes()
     table = np.array([0] * 4 + [3 + size + WORD_SIZE for size in sizes], np.uint8)
     step = table[repeated].tobytes()
-    positions: list[int] = []
+    positions = array("q")
     append = positions.append
     at = HEADER_BITS
     while at < end:
+        append(at)
         if length := step[at]:
-            append(at)
             at += length
-            continue
-        size = sizes[bits[at + 1] * 2 + bits[at + 2]]
-        first = at + 3 + size
-        amount = int(_read(stream, np.array([at + 3]), 16)[0]) >> (16 - size)
-        after = first + (amount + 1) * WORD_SIZE
-        if after > end:
-            return np.array(positions, np.int64)  # the padding, or a run cut short
-        positions.extend(range(~first, ~after, -WORD_SIZE))
-        at = after
-    if at > end:
-        positions.pop()  # a repeating run cut short
+        else:
+            window = int.from_bytes(data[at >> 3 : (at >> 3) + 4], "big") >> (13 - (at & 7))  # 19 bits
+            size = sizes[window >> 16 & 3]
+            at += 3 + size + (((window & 0xFFFF) >> (16 - size)) + 1) * WORD_SIZE
+    if at > end and positions:
+        positions.pop()  # the padding, or a run cut short
     return np.array(positions, np.int64)
 
 

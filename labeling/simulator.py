@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +26,39 @@ SECONDS = {"map_ok": 6.0, "map_fixed": 25.0, "whole_image": 5.0, "unusable": 5.0
 class Faults:
     """How simulated labelers differ from the known mask; lengths as shares of the picture's larger side.
 
-    `dilate`: the outline lies up to this much too far out or in; `shift`: the whole mask is moved by up to
-    this much each way; `wobble`: standard deviation of an unsteady outline; `miss`: share of the masks that
-    cover half of the object only.
+    What they paint. `grow`: the outline lies this much too far out; `dilate`: up to this much more, out or in;
+    `shift`: the whole mask is moved by up to this much each way; `wobble`: standard deviation of an unsteady outline;
+    `miss`: share of the masks that cover half of the object only; `wrong`: share that cover another place of the
+    same shape.
+
+    How they work. `lazy`: share of the answers that call the map fine without a look; `skips`: share of the tasks
+    that they skip; `drafts`: share that they leave half done and submit when they come next; `slow`: how many times
+    the usual seconds they take.
     """
 
+    grow: float = 0.0
     dilate: float = 0.02
     shift: float = 0.02
     wobble: float = 0.01
     miss: float = 0.0
+    wrong: float = 0.0
+    lazy: float = 0.0
+    skips: float = 0.0
+    drafts: float = 0.0
+    slow: float = 1.0
+
+
+# By name, for a command line.
+FAULTS = {
+    "none": Faults(dilate=0, shift=0, wobble=0),
+    "careful": Faults(),
+    "careless": Faults(grow=0.15, shift=0.05, miss=1 / 3, wrong=0.05),
+    "hasty": Faults(lazy=0.3, skips=0.1, drafts=0.1, slow=0.5),
+}
 
 
 def simulate(
-    studio: LabelStudio,
+    labelers: Sequence[LabelStudio],
     project: int,
     task_ids: Iterable[int],
     masks: Mapping[str, np.ndarray],
@@ -46,24 +66,29 @@ def simulate(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Counter[str]:
-    """Answer the tasks that nobody has answered yet; how often each verdict was given.
+    """Answer the tasks that are not done; how often each verdict was given, `skipped` and `draft` among them.
 
-    `masks`: sample id -> (height, width) uint8, 0 or 255: map_ok where the shown map agrees with it, else
-    map_fixed with a faulty copy of it; whole_image where it is empty, unusable where there is none. What a
-    sample gets depends on `seed` and its id alone. `on_progress` is called with (done, all).
+    Each of `labelers` is the Label Studio of an account of its own. They take turns, everyone in an order of their
+    own, and answer what the others left to answer. `masks`: sample id -> (height, width) uint8, 0 or 255: map_ok
+    where the shown map agrees with it, else map_fixed with a faulty copy of it; whole_image where it is empty,
+    unusable where there is none. What a labeler says of a sample depends on `seed`, their place in `labelers` and
+    its id alone. `on_progress` is called with (done, all).
     """
-    task_ids = list(task_ids)
-    verdicts: Counter[str] = Counter()
-    for done, task_id in enumerate(task_ids, start=1):
-        task = studio.task(task_id)
-        if task["project"] != project:
-            raise ValueError(f"task {task_id} is of project {task['project']}, not {project}")
-        if not task["annotations"]:
-            verdict = _answer(studio, task, masks.get(task["data"]["sample"]), faults, seed)
-            verdicts[verdict] += 1
+    tasks = list(task_ids)
+    names = [labeler.who() for labeler in labelers]
+    orders = [np.random.default_rng([seed, number]).permutation(tasks).tolist() for number in range(len(labelers))]
+    said: Counter[str] = Counter()
+    for turn, chosen in enumerate(zip(*orders, strict=True), start=1):
+        for number, task_id in enumerate(chosen):
+            task = labelers[number].task(task_id)
+            if task["project"] != project:
+                raise ValueError(f"task {task_id} is of project {task['project']}, not {project}")
+            answered = [annotation["completed_by"]["email"] for annotation in task["annotations"]]
+            if not task["is_labeled"] and names[number] not in answered:
+                said[_answer(labelers[number], task, masks.get(task["data"]["sample"]), faults, seed, number)] += 1
         if on_progress:
-            on_progress(done, len(task_ids))
-    return verdicts
+            on_progress(turn, len(tasks))
+    return said
 
 
 def human_mask(mask: np.ndarray, faults: Faults, generator: np.random.Generator) -> np.ndarray:
@@ -74,19 +99,25 @@ def human_mask(mask: np.ndarray, faults: Faults, generator: np.random.Generator)
     side = max(mask.shape)
     # Distance to the outline, positive inside: adding to it dilates, subtracting erodes, noise wobbles.
     distance = ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
-    distance = distance + generator.uniform(-faults.dilate, faults.dilate) * side
+    distance = distance + (faults.grow + generator.uniform(-faults.dilate, faults.dilate)) * side
     noise = ndimage.gaussian_filter(generator.standard_normal(mask.shape), max(side / 16, 1))
     distance += noise / max(noise.std(), 1e-9) * faults.wobble * side
     moved = generator.uniform(-faults.shift, faults.shift, 2) * side
     painted = ndimage.shift(distance, moved, order=1, mode="nearest") > 0
     if generator.random() < faults.miss:
         painted &= _half_plane(painted, generator)
+    if generator.random() < faults.wrong:
+        painted = np.roll(painted, [length // 2 for length in painted.shape], axis=(0, 1))
     return np.where(painted if painted.any() else inside, 255, 0).astype(np.uint8)
 
 
-def _answer(studio: LabelStudio, task: Mapping[str, Any], gold: np.ndarray | None, faults: Faults, seed: int) -> str:
+def _answer(
+    studio: LabelStudio, task: Mapping[str, Any], gold: np.ndarray | None, faults: Faults, seed: int, labeler: int
+) -> str:
     data = task["data"]
-    generator = _generator(seed, data["sample"])
+    generator = _generator(seed, data["sample"], labeler)
+    habit = _generator(seed, f"{data['sample']} habit", labeler).random()  # one of them at most
+    lazy, skips, drafts = np.cumsum([faults.lazy, faults.skips, faults.drafts])
     painted: list[dict[str, Any]]
     prediction = (task["predictions"] or [None])[-1]
     shown = prediction["result"] if prediction else []
@@ -99,15 +130,22 @@ def _answer(studio: LabelStudio, task: Mapping[str, Any], gold: np.ndarray | Non
         verdict, painted = "unusable", []
     elif not gold.any():
         verdict, painted = "whole_image", []
-    elif _agrees(read_mask(shown, *gold.shape), gold):
+    elif habit < lazy or _agrees(read_mask(shown, *gold.shape), gold):
         verdict, painted = "map_ok", shown
     else:
         tool: Tool = "brush" if shown and shown[0]["type"] == "brushlabels" else "bitmask"
         painted = [{**mask_result(human_mask(gold, faults, generator), tool), "origin": "prediction-changed"}]
         verdict = "map_fixed"
-    seconds = SECONDS[verdict] * float(generator.lognormal(0, 0.5))
+    seconds = round(SECONDS[verdict] * faults.slow * float(generator.lognormal(0, 0.5)), 1)
     parent = prediction["id"] if prediction else None
-    studio.annotate(task["id"], [*painted, *verdict_results(verdict)], round(seconds, 1), parent)
+    result = [*painted, *verdict_results(verdict)]
+    if lazy <= habit < skips:
+        studio.annotate(task["id"], [], seconds, parent, skip=True)
+        return "skipped"
+    if skips <= habit < drafts and not task["drafts"]:
+        studio.leave_draft(task["id"], result, seconds)
+        return "draft"
+    studio.annotate(task["id"], result, seconds, parent)
     return verdict
 
 
@@ -126,6 +164,6 @@ def _half_plane(painted: np.ndarray, generator: np.random.Generator) -> np.ndarr
     return along <= np.median(along[painted]) if painted.any() else np.ones_like(painted)
 
 
-def _generator(seed: int, sample: str) -> np.random.Generator:
+def _generator(seed: int, sample: str, labeler: int) -> np.random.Generator:
     name = hashlib.sha256(sample.encode()).digest()
-    return np.random.default_rng([seed, int.from_bytes(name[:8], "big")])
+    return np.random.default_rng([seed, int.from_bytes(name[:8], "big"), labeler])

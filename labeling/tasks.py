@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from labeling.masks import decode_png, decode_rle, encode_png, encode_rle
-from labeling.screen import LABEL, Tool, class_key
+from labeling.screen import LABEL, VERDICTS, Tool, class_key
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Question:
     """What is asked about one sample.
 
     `width` and `height` are the picture's, in pixels; `attention_map` is (h, w) float32 0..1 of any size;
-    `confidence` is the probability 0..1 of `predicted`; `label` is the class on file, perhaps empty.
+    `confidence` is the probability 0..1 of `predicted`, `label` the class on file, perhaps empty, and
+    `label_confidence` its probability.
     """
 
     sample: str
@@ -32,6 +32,7 @@ class Question:
     confidence: float
     reason: str
     attention_map: np.ndarray
+    label_confidence: float | None = None
 
 
 def make_task(question: Question, model_version: str, round_number: int, tool: Tool) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def make_task(question: Question, model_version: str, round_number: int, tool: T
         "width": question.width,
         "height": question.height,
         "model_version": model_version,
-        "facts": _facts(question),
+        "network_says": f"{question.predicted} {question.confidence:.0%}",
+        "on_file": _on_file(question),
+        "asked_because": question.reason,
         "live_title": "The network's answer for this map · この地図での答え",
     }
     meta = {
@@ -96,9 +99,9 @@ def read_mask(results: Sequence[Mapping[str, Any]], height: int, width: int) -> 
     """
     joined: np.ndarray | None = None
     for result in results:
-        value = result.get("value") or {}
-        if "rle" not in value and "imageDataURL" not in value:
+        if not is_mask(result):
             continue
+        value = result["value"]
         claimed = (result.get("original_width"), result.get("original_height"))
         if claimed != (width, height):
             raise ValueError(f"the mask is for {claimed[0]} x {claimed[1]}, but the picture is {width} x {height}")
@@ -110,6 +113,12 @@ def read_mask(results: Sequence[Mapping[str, Any]], height: int, width: int) -> 
             mask = decode_png(value["imageDataURL"], height, width)
         joined = mask if joined is None else np.maximum(joined, mask)
     return joined
+
+
+def is_mask(result: Mapping[str, Any]) -> bool:
+    """Whether a result holds a painted region, not a verdict or a text."""
+    value = result.get("value")
+    return isinstance(value, Mapping) and ("rle" in value or "imageDataURL" in value)
 
 
 def as_mask(attention_map: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -130,9 +139,10 @@ def heatmap(image: np.ndarray, attention_map: np.ndarray) -> np.ndarray:
     return (0.5 * image + 0.5 * colours).round().astype(np.uint8)
 
 
-def _facts(question: Question) -> str:
-    label = f"labeled <b>{escape(question.label)}</b>" if question.label else "no label yet"
-    return (
-        f"<p>The network says <b>{escape(question.predicted)}</b> ({question.confidence:.0%}); {label}. "
-        f"Asked because: {escape(question.reason)}. <small>{escape(question.sample)}</small></p>"
-    )
+def _on_file(question: Question) -> str:
+    if not question.label:
+        other = list(VERDICTS).index("label_wrong") + 1
+        english = f"no label yet: 1 to {other - 1} confirm the network's, {other} chooses another"
+        return f"{english} · 未登録：1〜{other - 1}で予測を確定"
+    share = "" if question.label_confidence is None else f" {question.label_confidence:.0%}"
+    return f"{question.label}{share}"

@@ -84,12 +84,13 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, se
 def serve() -> Iterator[Callable[[FastAPI], str]]:
     """Serves an application on a free port of this machine until the test ends; gives its address."""
     with ExitStack() as stack:
-        yield lambda app: stack.enter_context(_served(app))
+        yield lambda app: stack.enter_context(served(app))
 
 
 @contextmanager
-def _served(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+def served(app: FastAPI, port: int = 0) -> Iterator[str]:
+    """`app` at a port of this machine, 0 for any free one; its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

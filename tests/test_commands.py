@@ -16,7 +16,10 @@ from PIL import Image
 from flows.cli import main
 
 PROJECT = Path(__file__).resolve().parent.parent
-IN_A_WORKSPACE = ["up", "down", "doctor", "round open", "round collect", "round status", "simulate", "serve"]
+IN_A_WORKSPACE = [
+    *("up", "down", "doctor", "round open", "round collect", "round reconcile", "round status", "simulate", "serve"),
+    *("lineage", "withdraw --round 1 --why test", "labelers invite a@b.example", "labelers report"),
+]
 
 
 Run = Callable[..., tuple[int, str, str]]  # words of the command -> exit code, standard output, standard error
@@ -88,7 +91,9 @@ def test_a_folder_that_is_no_workspace_is_named(refusal: Refuse, tmp_path: Path,
     assert said.startswith(f"{tmp_path} is not a workspace") and "make one with `abnloop init`" in said
 
 
-@pytest.mark.parametrize("command", ["round open", "round collect", "simulate", "serve"])
+@pytest.mark.parametrize(
+    "command", ["round open", "round collect", "round reconcile", "labelers invite a@b.example", "simulate", "serve"]
+)
 def test_services_that_are_down_are_named_with_the_remedy(refusal: Refuse, workspace: Path, command: str) -> None:
     said = refusal(*command.split(), "--workspace", str(workspace), watch=workspace)
     assert said == "Label Studio is down; start it with `abnloop up`"
@@ -127,6 +132,20 @@ def test_a_damaged_round_is_named_with_the_remedy(refusal: Refuse, workspace: Pa
 def test_no_rounds_are_an_empty_table(abnloop: Run, workspace: Path) -> None:
     code, out, _ = abnloop("round", "status", "--workspace", str(workspace))
     assert code == 0 and "rounds of w" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("lineage v1 --labeler anna", "ask one thing at a time"),
+        ("lineage --sample a --report a.html", "ask one thing at a time"),
+        ("lineage", "has no model yet; `abnloop round open` trains the first"),
+        ("withdraw --why test", "name what to withdraw: one of --labeler, --round and --annotation"),
+        ("withdraw --why test --round 1 --labeler anna", "name what to withdraw"),
+    ],
+)
+def test_a_question_that_has_no_answer_is_refused(refusal: Refuse, workspace: Path, words: str, reason: str) -> None:
+    assert reason in refusal(*words.split(), "--workspace", str(workspace), watch=workspace)
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
@@ -174,6 +193,11 @@ def test_init_refuses_and_leaves_nothing_behind(
     assert reason in said
 
 
+def test_simulated_labelers_have_no_other_faults_than_those_named(refusal: Refuse, workspace: Path) -> None:
+    said = refusal("simulate", "--faults", "drunk", "--workspace", str(workspace), watch=workspace)
+    assert said == "--faults is 'drunk'; choose none, careful, careless, hasty"
+
+
 def test_the_demo_refuses_a_folder_that_is_not_its_own(refusal: Refuse, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     said = refusal("demo", "--workspace", str(tmp_path), watch=tmp_path)
@@ -192,7 +216,13 @@ def test_a_mistyped_command_is_refused_with_its_usage(abnloop: Run, words: list[
     assert code == 2 and "Usage:" in error
 
 
-@pytest.mark.parametrize("command", ["round open", "round collect", "round status", "simulate", "serve", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("round open", "round collect", "round reconcile", "round status", "labelers invite", "labelers report"),
+        *("simulate", "serve", "demo", "lineage", "withdraw"),
+    ],
+)
 def test_help_teaches_with_an_example(abnloop: Run, command: str) -> None:
     code, out, _ = abnloop(*command.split(), "--help")
     assert code == 0 and f"Example: abnloop {command}" in out

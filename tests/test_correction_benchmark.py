@@ -148,7 +148,7 @@ def test_every_arm_is_made_of_settings_that_exist() -> None:
         settings_with({"nothing.share": 1})
 
 
-def test_corrected_samples_carry_their_masks_and_absence_is_the_whole_picture(folder: Path, tmp_path: Path) -> None:
+def test_corrected_samples_carry_their_masks_and_absence_is_all_but_the_confound(folder: Path, tmp_path: Path) -> None:
     problem = Problem(tmp_path / "problem", spec(folder), 0)
     samples = problem.corrected(problem.chosen, "masks.npz")
     named = [row for row, sample in enumerate(samples) if sample.masks]
@@ -156,7 +156,8 @@ def test_corrected_samples_carry_their_masks_and_absence_is_the_whole_picture(fo
     with np.load(problem.root / "masks.npz") as masks:
         for row in named:
             mask = masks[samples[row].id] > 0
-            expected = problem.visible[row] if samples[row].label == "light" else np.ones_like(mask)
+            expected = problem.visible[row] if samples[row].label == "light" else ~problem.drawn_over[row]
+            assert 0 < problem.drawn_over[row].mean() < 0.1
             assert np.array_equal(mask, expected)
 
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
-import time
-from collections.abc import Callable
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
 
-from labeling.corrections import read_corrections
-from labeling.live import create_app
-from labeling.simulator import Faults, human_mask
+from labeling.corrections import Correction, Dispute, read_corrections, settle
+from labeling.simulator import FAULTS, Faults, human_mask
 from labeling.tasks import Question, as_mask, heatmap, make_task, mask_result, verdict_results
 
-Serve = Callable[[FastAPI], str]
 CLASSES = ["cat", "dog", "犬"]
 HEIGHT, WIDTH = 12, 20
 
@@ -105,10 +99,43 @@ def test_the_whole_image_is_a_full_mask() -> None:
     assert correction.mask is not None and correction.mask.shape == (HEIGHT, WIDTH) and (correction.mask == 255).all()
 
 
+def test_all_but_the_map_is_the_mask_turned_over() -> None:
+    result = [mask_result(disc(), "bitmask"), *verdict_results("all_but_map")]
+    (correction,), _ = read_corrections([a_task(an_annotation(result))], CLASSES)
+    assert correction.mask is not None and np.array_equal(correction.mask, 255 - disc())
+    everything = [mask_result(np.full((HEIGHT, WIDTH), 255, np.uint8), "bitmask"), *verdict_results("all_but_map")]
+    assert only_reason(a_task(an_annotation(everything))) == "empty mask"
+    assert only_reason(a_task(an_annotation(verdict_results("all_but_map")))) == "no mask"
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_wrong_label_carries_the_right_class(name: str) -> None:
     (correction,), _ = read_corrections([a_task(an_annotation(verdict_results("label_wrong", name)))], CLASSES)
     assert (correction.verdict, correction.label, correction.mask) == ("label_wrong", name, None)
+
+
+@pytest.mark.parametrize("verdict", ["map_ok", "map_fixed", "whole_image"])
+def test_a_verdict_on_the_map_of_a_picture_without_a_label_confirms_the_networks_answer(verdict: str) -> None:
+    answer = an_annotation([mask_result(disc(), "bitmask"), *verdict_results(verdict)])
+    (correction,), _ = read_corrections([a_task(answer, label="")], CLASSES)
+    assert correction.label == "dog" and correction.mask is not None
+    (correction,), _ = read_corrections([a_task(answer)], CLASSES)
+    assert correction.label is None
+    (correction,), _ = read_corrections([a_task(an_annotation(verdict_results("unusable")), label="")], CLASSES)
+    assert correction.label is None
+
+
+def test_a_class_and_a_painted_mask_come_together() -> None:
+    shown = mask_result(disc(), "bitmask")
+    for origin, kept in (("prediction", False), ("prediction-changed", True)):
+        answer = an_annotation([{**shown, "origin": origin}, *verdict_results("label_wrong", "犬")])
+        (correction,), _ = read_corrections([a_task(answer, label="")], CLASSES)
+        assert correction.label == "犬" and (correction.mask is not None) == kept
+    nothing = {**mask_result(np.zeros((HEIGHT, WIDTH), np.uint8), "bitmask"), "origin": "prediction-changed"}
+    (correction,), _ = read_corrections(
+        [a_task(an_annotation([nothing, *verdict_results("label_wrong", "cat")]))], CLASSES
+    )
+    assert (correction.label, correction.mask) == ("cat", None)
 
 
 def test_an_unusable_picture_needs_no_mask() -> None:
@@ -193,6 +220,126 @@ def test_minutes_are_capped_and_never_fatal(lead_time: object, minutes: float) -
     assert correction.minutes == minutes
 
 
+def test_an_answer_far_longer_than_the_others_was_interrupted() -> None:
+    times = [30, 60, 60, 120, 1500]
+    tasks = [a_task(an_annotation(fixed(), lead_time=time), sample=f"s{time}{n}") for n, time in enumerate(times)]
+    tasks.append(a_task(an_annotation(verdict_results("unusable"), lead_time=1500), sample="t"))
+    corrections, _ = read_corrections(tasks, CLASSES)
+    assert sorted(one.minutes for one in corrections if one.verdict == "map_fixed") == [0.5, 1.0, 1.0, 2.0, 10.0]
+    assert [one.minutes for one in corrections if one.verdict == "unusable"] == [25.0], "another verdict, another time"
+
+
+def test_a_correction_says_how_far_the_mask_moved_from_the_shown_map() -> None:
+    def moved(shown: np.ndarray, result: list[dict[str, Any]]) -> float | None:
+        task = a_task(an_annotation(result), attention_map=shown.astype(np.float32) / 255)
+        (correction,), _ = read_corrections([task], CLASSES)
+        return correction.moved
+
+    left = np.zeros((HEIGHT, WIDTH), np.uint8)
+    left[:, : WIDTH // 2] = 255
+    assert moved(left, fixed(left)) == moved(left, verdict_results("map_ok")) == 0
+    assert moved(left, fixed(255 - left)) == 1
+    assert moved(left, verdict_results("whole_image")) == 0.5
+    assert moved(left, verdict_results("unusable")) is None
+
+
+def test_an_answer_that_was_changed_to_a_skip_no_longer_counts() -> None:
+    (correction,), _ = read_corrections([a_task(an_annotation(fixed(), 1))], CLASSES)
+    skipped = an_annotation([], 1, was_cancelled=True, updated_at="2026-01-01T00:01:00Z")
+    assert (correction.annotation, only_reason(a_task(skipped))) == (1, "skipped by the labeler")
+
+
+# --- several labelers
+
+
+def block(first: int, last: int) -> np.ndarray:
+    """A mask of the columns from `first` up to `last`, without it."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:, first:last] = 255
+    return mask
+
+
+def says(labeler: str, result: list[dict[str, Any]], number: int = 1) -> dict[str, Any]:
+    return an_annotation(result, number, labeler=labeler)
+
+
+def opinions(*annotations: dict[str, Any]) -> list[Correction]:
+    corrections, aside = read_corrections([a_task(*annotations)], CLASSES)
+    assert aside == []
+    return corrections
+
+
+def test_each_labeler_has_one_opinion_the_latest() -> None:
+    first, other, last = says("ann", fixed(), 1), says("bob", fixed(), 2), says("ann", verdict_results("unusable"), 3)
+    assert [(one.labeler, one.annotation) for one in opinions(first, other, last)] == [("ann", 3), ("bob", 2)]
+
+
+def test_one_labeler_is_a_consensus_of_full_weight() -> None:
+    (consensus,), disputes = settle(opinions(says("ann", fixed())), panel=2)
+    assert disputes == [] and consensus.mask is not None
+    assert (consensus.verdict, consensus.weight) == ("map_fixed", 1.0) and np.array_equal(consensus.mask, disc())
+
+
+def test_masks_merge_to_their_mean_and_weigh_as_much_as_they_agree() -> None:
+    corrections = opinions(says("ann", fixed(block(0, 8))), says("bob", fixed(block(2, 8)), 2))
+    (consensus,), disputes = settle(corrections, panel=2)
+    assert disputes == [] and consensus.mask is not None
+    assert consensus.mask[0, :9].tolist() == [127, 127, 255, 255, 255, 255, 255, 255, 0]
+    assert consensus.weight == 6 / 8
+    assert consensus.opinions == tuple(corrections)
+
+
+def test_what_only_one_of_two_painted_is_outside_and_what_two_of_three_painted_is_inside() -> None:
+    masks = [block(0, 8), block(2, 8), block(2, 10)]
+    two, three = [opinions(*(says(str(n), fixed(mask), n) for n, mask in enumerate(masks[:k]))) for k in (2, 3)]
+    for corrections in (two, three):
+        (consensus,), _ = settle(corrections, panel=3)
+        assert consensus.mask is not None and np.array_equal(consensus.mask >= 128, block(2, 8) > 0)
+
+
+def test_a_mixture_of_verdicts_is_a_mask_that_people_made() -> None:
+    fine = [mask_result(disc(), "bitmask"), *verdict_results("map_ok")]
+    (both,), _ = settle(opinions(says("ann", fine), says("bob", fixed(), 2)), panel=2)
+    (same,), _ = settle(opinions(says("ann", fine), says("bob", fine, 2)), panel=2)
+    assert (both.verdict, same.verdict) == ("map_fixed", "map_ok")
+
+
+def test_the_larger_side_wins_and_weighs_less_than_all_would() -> None:
+    wrong = verdict_results("label_wrong", "dog")
+    corrections = opinions(says("ann", wrong), says("bob", fixed(), 2), says("cyd", wrong, 3))
+    (consensus,), disputes = settle(corrections, panel=2)
+    assert (consensus.verdict, consensus.label, consensus.mask) == ("label_wrong", "dog", None)
+    assert disputes == [] and consensus.weight == 2 / 3 and len(consensus.opinions) == 3
+
+
+@pytest.mark.parametrize(
+    ("ann", "bob", "reason"),
+    [
+        (fixed(), verdict_results("unusable"), "the labelers disagree: ann map_fixed, bob unusable"),
+        (
+            verdict_results("label_wrong", "dog"),
+            verdict_results("label_wrong", "犬"),
+            "the labelers disagree: ann dog, bob 犬",
+        ),
+        (fixed(block(0, 8)), fixed(block(5, 13)), "the labelers' masks have an IoU of only 0.23"),
+    ],
+)
+def test_a_tie_or_strong_disagreement_is_a_dispute(ann: Any, bob: Any, reason: str) -> None:
+    corrections = opinions(says("ann", ann), says("bob", bob, 2))
+    assert settle(corrections, panel=2) == ([], [Dispute("s1", reason, tuple(corrections))])
+
+
+def test_after_another_look_masks_are_merged_however_little_they_agree_unless_nothing_is_left() -> None:
+    masks = [block(0, 8), block(5, 13), block(6, 14)]
+    corrections = opinions(*(says(str(n), fixed(mask), n) for n, mask in enumerate(masks)))
+    (consensus,), disputes = settle(corrections, panel=2)
+    assert disputes == [] and consensus.mask is not None and 0 < consensus.weight < 0.5
+    assert np.array_equal(consensus.mask >= 128, block(5, 13) > 0)
+    apart = opinions(*(says(str(n), fixed(block(6 * n, 6 * n + 6)), n) for n in range(3)))
+    agreed, (dispute,) = settle(apart, panel=2)
+    assert agreed == [] and dispute.reason.endswith("only 0.00")
+
+
 def test_nothing_that_an_annotation_may_hold_is_fatal() -> None:
     sound = a_task(an_annotation(fixed()), an_annotation(verdict_results("label_wrong", "cat"), 2))
     rubbish: list[Any] = [None, 3, "x", [], {}, [1], {"id": 1}, float("nan"), True, -1, [None], {"choices": [3]}]
@@ -207,7 +354,8 @@ def test_nothing_that_an_annotation_may_hold_is_fatal() -> None:
             path.append(key)
         parent[key] = chance.choice(rubbish)
         corrections, aside = read_corrections([task], CLASSES)
-        assert len(corrections) <= 1
+        agreed, disputes = settle(corrections, panel=2)
+        assert len(agreed) + len(disputes) <= 1
         assert all(isinstance(item.annotation, int) and item.reason for item in aside)
     assert read_corrections(rubbish, CLASSES)[0] == []
 
@@ -222,10 +370,10 @@ def test_a_prediction_keeps_grey_levels_and_stays_alive() -> None:
     assert np.array_equal(as_mask(ramp, HEIGHT, WIDTH), (ramp * 255).round())
 
 
-def test_facts_are_escaped() -> None:
-    task = make_task(a_question(label="<script>", predicted="a&b", reason="<i>", sample='"x"'), "m", 1, "bitmask")
-    facts = task["data"]["facts"]
-    assert "<script>" not in facts and "&lt;script&gt;" in facts and "a&amp;b" in facts and "75%" in facts
+def test_a_task_tells_what_the_network_says_what_is_on_file_and_why_it_is_asked() -> None:
+    data = make_task(a_question(label="<b>", predicted="日本語", label_confidence=0.125), "m", 1, "bitmask")["data"]
+    assert (data["network_says"], data["on_file"], data["asked_because"]) == ("日本語 75%", "<b> 12%", "misclassified")
+    assert "未登録" in make_task(a_question(label=""), "m", 1, "bitmask")["data"]["on_file"]
 
 
 def test_a_map_of_infinite_numbers_is_refused() -> None:
@@ -264,48 +412,25 @@ def test_a_missed_half_is_half() -> None:
     assert 0.4 < (half > 0).sum() / (disc(64, 64) > 0).sum() < 0.6
 
 
-def the_predictor(sample: str, mask: np.ndarray | None) -> list[tuple[str, float]]:
-    if sample != "s1":
-        raise ValueError(f"unknown sample {sample}")
-    assert mask is not None
-    return [("cat", float((mask > 0).mean())), ("dog", 0.2), ("cow", 0.1), ("hen", 0.0)]
+def test_a_mask_that_grew_holds_the_object_and_more() -> None:
+    gold = disc(64, 64)
+    grown = human_mask(gold, Faults(grow=0.1, dilate=0, shift=0, wobble=0), np.random.default_rng(0))
+    assert (grown[gold > 0] > 0).all()
+    rows = [np.flatnonzero(mask.any(axis=1)) for mask in (gold, grown)]
+    assert rows[0][0] - rows[1][0] == rows[1][-1] - rows[0][-1] == 6, "a tenth of the picture on each side"
 
 
-def predict_body(result: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    return {"tasks": [a_task(**changes)], "params": {"context": {"result": result}}}
+def test_a_wrong_object_has_nothing_in_common_with_the_right_one() -> None:
+    wrong = human_mask(disc(64, 64), Faults(dilate=0, shift=0, wobble=0, wrong=1), np.random.default_rng(0))
+    assert (wrong > 0).sum() == (disc(64, 64) > 0).sum() and not (wrong & disc(64, 64)).any()
 
 
-def test_a_stroke_is_answered_with_the_top_classes_and_the_time(serve: Serve) -> None:
-    url = serve(create_app(the_predictor))
-    body = httpx.post(f"{url}/predict", json=predict_body(fixed(np.full((HEIGHT, WIDTH), 255, np.uint8)))).json()
-    (result,) = body["results"][0]["result"]
-    assert (result["type"], result["from_name"], result["to_name"]) == ("textarea", "live", "live_target")
-    classes, clock = result["value"]["text"][0].rsplit(" · ", 1)
-    assert classes == "cat 1.00 · dog 0.20 · cow 0.10"
-    assert len(clock.split(":")) == 3
-
-
-def test_an_empty_context_leaves_the_text_alone(serve: Serve) -> None:
-    url = serve(create_app(the_predictor))
-    for body in (predict_body([]), predict_body(verdict_results("map_ok")), {"tasks": [a_task()]}, {}):
-        assert httpx.post(f"{url}/predict", json=body).json() == {"results": [{}]}
-
-
-def test_a_mask_or_sample_that_cannot_be_answered_says_so(serve: Serve) -> None:
-    url = serve(create_app(the_predictor))
-    for body in (predict_body(fixed(disc(30, 30))), predict_body(fixed(), sample="s2")):
-        text = httpx.post(f"{url}/predict", json=body).json()["results"][0]["result"][0]["value"]["text"][0]
-        assert text.startswith("no answer: ")
-
-
-def test_the_service_speaks_the_rest_of_the_protocol(serve: Serve) -> None:
-    hints: list[dict[str, Any]] = []
-    url = serve(create_app(the_predictor, hints.append))
-    assert httpx.get(f"{url}/health").json()["status"] == "UP"
-    assert httpx.post(f"{url}/setup", json={}).json()["model_version"]
-    assert httpx.get(f"{url}/versions").json()["versions"]
-    assert httpx.post(f"{url}/webhook", json={"action": "ANNOTATION_CREATED"}).status_code == 200
-    deadline = time.monotonic() + 5
-    while not hints and time.monotonic() < deadline:
-        time.sleep(0.01)  # the answer comes before the hint is handed on
-    assert hints == [{"action": "ANNOTATION_CREATED"}]
+def test_careless_labelers_paint_as_often_wrongly_as_they_are_said_to() -> None:
+    gold = np.zeros((64, 64), np.uint8)
+    gold[20:30, 20:30] = 255
+    painted = [human_mask(gold, FAULTS["careless"], np.random.default_rng(seed)) > 0 for seed in range(300)]
+    size = np.array([mask.sum() for mask in painted])
+    elsewhere = np.array([not (mask & (gold > 0)).any() for mask in painted])
+    assert 0.02 < elsewhere.mean() < 0.09
+    assert 0.25 < (size < 0.65 * np.median(size)).mean() < 0.42
+    assert np.median(size) > 5 * (gold > 0).sum(), "15 % of the picture too far out on each side"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,8 +48,14 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_round_of_the_demo_tells_its_story_and_ends_its_services(directory: Path) -> None:
-    process = start(directory, "--rounds", "1", "--budget", "4")
+def test_a_round_of_the_demo_waits_for_a_person_tells_its_story_and_ends_its_services(directory: Path) -> None:
+    process = start(directory, "--rounds", "1", "--budget", "4", "--label-yourself")
+    assert process.stdout is not None
+    asked = next(line for line in process.stdout if "the first batch is yours" in line)
+    assert re.search(r"http://localhost:\d+/projects/\d+/data", asked)
+    assert re.match(r"log in as admin@example\.com with password \S+$", process.stdout.readline())
+    answer = [sys.executable, "-m", "flows.cli", "simulate", "--workspace", str(directory)]
+    subprocess.run(answer, check=True, capture_output=True)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     summary = json.loads((directory / "summary.json").read_text())

@@ -7,22 +7,20 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import psutil
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 
 from conftest import Studio
+from flows.people import invite
 from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
-from labeling.corrections import INSIDE, read_corrections
-from labeling.live import create_app
-from labeling.masks import decode_png
-from labeling.screen import INSTRUCTIONS, Tool, labeling_screen
+from labeling.corrections import INSIDE, read_corrections, settle
+from labeling.screen import Tool, instructions, labeling_screen
 from labeling.simulator import Faults, simulate
 from labeling.studio import access_token
 from labeling.tasks import Question, make_task, mask_result, verdict_results
@@ -38,7 +36,7 @@ def studio(label_studio: Studio) -> LabelStudio:
 
 
 def new_project(studio: LabelStudio, tool: Tool = "bitmask", classes: list[str] = STRANGE) -> int:
-    return studio.ensure_project(next(titles), labeling_screen(classes, tool), INSTRUCTIONS)
+    return studio.ensure_project(next(titles), labeling_screen(classes, tool), instructions())
 
 
 def questions(amount: int, first: int = 0) -> list[Question]:
@@ -77,7 +75,10 @@ def ask(label_studio: Studio, path: str) -> Any:
 
 
 # The SDK exchanges a personal token with a call that pydantic 2 has renamed.
-@pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated")
+PERSONAL_TOKEN = pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated")
+
+
+@PERSONAL_TOKEN
 @pytest.mark.studio
 def test_both_kinds_of_token_are_taken(label_studio: Studio) -> None:
     personal = access_token(label_studio.url, label_studio.email, label_studio.password)
@@ -106,9 +107,9 @@ def test_it_listens_on_this_machine_only_and_its_pages_report_to_nobody(label_st
 
 @pytest.mark.studio
 @pytest.mark.parametrize("tool", ["bitmask", "brush"])
-@pytest.mark.parametrize("amount", [2, 300])
+@pytest.mark.parametrize("amount", [2, 1000])
 def test_the_screen_is_taken_for_few_and_many_classes(studio: LabelStudio, tool: Tool, amount: int) -> None:
-    classes = [*STRANGE, *(f"class {number}" for number in range(300))][:amount]
+    classes = [*STRANGE, *(f"class {number}" for number in range(1000))][:amount]
     assert new_project(studio, tool, classes) > 0
 
 
@@ -186,13 +187,15 @@ def test_masks_and_classes_come_back_exactly(studio: LabelStudio, tool: Tool) ->
 def test_answers_are_pulled_incrementally(studio: LabelStudio) -> None:
     project = new_project(studio)
     ids = list(studio.push(project, tasks_for(questions(4))).values())
-    assert studio.answered(project) == []
+    assert studio.answered(project) == [] and studio.changes(project, ids) == {}
     studio.annotate(ids[0], verdict_results("unusable"), 1.0)
     (first,) = studio.answered(project)
-    assert studio.answered(project, since=first["updated_at"]) == []
+    assert studio.changes(project, ids) == {ids[0]: first["updated_at"]}
     studio.annotate(ids[1], verdict_results("unusable"), 1.0)
     studio.annotate(ids[2], verdict_results("unusable"), 1.0)
-    assert [task["id"] for task in studio.answered(project, since=first["updated_at"])] == ids[1:3]
+    seen = studio.changes(project, ids)
+    assert list(seen) == ids[:3] and seen[ids[0]] == first["updated_at"]
+    assert studio.changes(project, ids[1:]) == {task: seen[task] for task in ids[1:3]}
     assert [task["id"] for task in studio.answered(project, task_ids=[ids[0], ids[2], ids[3]])] == [ids[0], ids[2]]
     json.dumps(first)
 
@@ -209,7 +212,9 @@ def test_a_changed_annotation_is_pulled_again_as_a_later_revision(studio: LabelS
         headers={"Authorization": f"Token {label_studio.token}"},
         trust_env=False,
     ).raise_for_status()
-    (after,) = studio.answered(project, since=before["updated_at"])
+    (after,) = studio.answered(project)
+    assert studio.changes(project, [task]) == {task: after["updated_at"]}
+    assert after["updated_at"] > before["updated_at"]
     (correction,), _ = read_corrections([after], STRANGE)
     assert correction.verdict == "whole_image"
     assert correction.revision > before["annotations"][0]["updated_at"]
@@ -263,9 +268,9 @@ def test_simulated_labelers_answer_as_people_would(studio: LabelStudio, tool: To
     fine = Question(**{**vars(questions(1, 3)[0]), "attention_map": disc().astype(np.float32) / 255})
     ids = studio.push(project, tasks_for([*asked, fine], tool=tool))
     masks = {"sample 0": disc(), "sample 1": np.zeros((HEIGHT, WIDTH), np.uint8), "sample 3": disc()}
-    verdicts = simulate(studio, project, ids.values(), masks, Faults(), seed=0)
+    verdicts = simulate([studio], project, ids.values(), masks, Faults(), seed=0)
     assert verdicts == {"map_fixed": 1, "whole_image": 1, "unusable": 1, "map_ok": 1}
-    assert not simulate(studio, project, ids.values(), masks, Faults(), seed=0)
+    assert not simulate([studio], project, ids.values(), masks, Faults(), seed=0)
 
     corrections, aside = read_corrections(studio.answered(project), STRANGE)
     assert aside == []
@@ -285,64 +290,122 @@ def test_simulated_answers_depend_on_the_seed_and_the_sample_not_on_the_order(st
     for seed, order in ((1, 1), (1, -1), (2, 1)):
         project = new_project(studio)
         ids = list(studio.push(project, tasks_for(questions(3))).values())[::order]
-        simulate(studio, project, ids, masks, Faults(), seed)
+        simulate([studio], project, ids, masks, Faults(), seed)
         corrections, _ = read_corrections(studio.answered(project), STRANGE)
         painted.append({c.sample: c.mask.tobytes().hex() for c in corrections if c.mask is not None})
     assert len(painted[0]) == 3
     assert painted[0] == painted[1] != painted[2]
 
 
+emails = (f"labeler{number}@example.com" for number in itertools.count())
+
+
+def people(studio: LabelStudio, amount: int) -> list[LabelStudio]:
+    """Labelers who were invited and have logged in."""
+    invited = [invite(studio, [next(emails)]) for _ in range(amount)]
+    return [LabelStudio(studio.url, access_token(studio.url, *one)) for login in invited for one in login.items()]
+
+
+def next_task(labeler: LabelStudio, project: int) -> int | None:
+    """What the queue gives a labeler; None where it has nothing for them."""
+    answer = labeler._api._client_wrapper.httpx_client.request(f"api/projects/{project}/next", method="GET")
+    return None if answer.status_code == 404 else int(answer.json()["id"])
+
+
+@PERSONAL_TOKEN
 @pytest.mark.studio
-def test_an_annotation_reaches_the_attached_service(
-    studio: LabelStudio, label_studio: Studio, serve: Callable[[FastAPI], str]
-) -> None:
-    hints: list[dict[str, Any]] = []
-    url = serve(create_app(lambda sample, mask: [(sample, 1.0)], hints.append))
+def test_who_is_invited_can_log_in_and_sees_the_project(studio: LabelStudio) -> None:
     project = new_project(studio)
-    ids = studio.push(project, tasks_for(questions(1)))
-    studio.attach_backend(project, url, "abnloop")
-    studio.attach_backend(project, url, "abnloop")
-    assert len(ask(label_studio, f"/api/ml?project={project}").json()) == 1
-    studio.annotate(ids["sample 0"], verdict_results("unusable"), 1.0)
-    deadline = time.monotonic() + 10
-    while not hints and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [hint["action"] for hint in hints] == ["ANNOTATION_CREATED"]
-    assert hints[0]["task"]["data"]["sample"] == "sample 0"
+    email = next(emails)
+    (password,) = invite(studio, [email]).values()
+    labeler = LabelStudio(studio.url, access_token(studio.url, email, password))
+    assert labeler.who() == email
+    studio.push(project, tasks_for(questions(1)))
+    assert next_task(labeler, project) is not None
 
 
 @pytest.mark.studio
-def test_label_studio_carries_a_stroke_to_the_attached_service_and_its_answer_back(
-    studio: LabelStudio, label_studio: Studio, serve: Callable[[FastAPI], str]
-) -> None:
-    seen: list[tuple[str, int]] = []
+def test_nobody_is_invited_where_one_of_them_cannot_be(studio: LabelStudio, label_studio: Studio) -> None:
+    new = next(emails)
+    for other, message in [
+        ("a@b.c", "'a@b.c' is no email address"),
+        ("nobody", "'nobody' is no email address"),
+        (label_studio.email.upper(), "has an account already; leave it out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            invite(studio, [new, other])
+    assert new not in studio.emails()
+    with pytest.raises(ValueError, match=f"made no account for {new}: Please enter a password"):
+        studio.invite(new, "short")
 
-    def predictor(sample: str, mask: np.ndarray | None) -> list[tuple[str, float]]:
-        assert mask is not None
-        seen.append((sample, int((mask > 0).sum())))
-        return [("日本語", 0.9), ("cat", 0.1)]
 
+@PERSONAL_TOKEN
+@pytest.mark.studio
+def test_a_disputed_task_goes_to_one_more_labeler_and_to_nobody_twice(studio: LabelStudio) -> None:
+    project = studio.ensure_project(next(titles), labeling_screen(STRANGE), instructions(), labelers_per_task=2)
+    (task,) = studio.push(project, tasks_for(questions(1))).values()
+    ann, bob, cyd = people(studio, 3)
+    assert [next_task(one, project) for one in (ann, bob, cyd)] == [task, task, None], "two are at it"
+    ann.annotate(task, verdict_results("unusable"), 1.0)
+    bob.annotate(task, verdict_results("whole_image"), 1.0)
+    assert [next_task(one, project) for one in (ann, bob, cyd)] == [None, None, None], "two have answered it"
+    studio.ask_again(task, 3)
+    (asked,) = studio.answered(project)
+    studio.ask_again(task, 3)
+    (again,) = studio.answered(project)
+    assert asked["updated_at"] == again["updated_at"], "asking twice changes nothing"
+    assert [next_task(one, project) for one in (ann, bob, cyd)] == [None, None, task]
+    cyd.annotate(task, verdict_results("unusable"), 1.0)
+    opinions, _ = read_corrections(studio.answered(project), STRANGE)
+    (consensus,), disputes = settle(opinions, panel=2)
+    assert (consensus.verdict, disputes) == ("unusable", [])
+    assert [one.labeler for one in consensus.opinions] == [ann.who(), bob.who(), cyd.who()]
+
+
+@PERSONAL_TOKEN
+@pytest.mark.studio
+def test_each_labeler_gets_a_batch_in_an_order_of_their_own(studio: LabelStudio) -> None:
+    project = studio.ensure_project(next(titles), labeling_screen(STRANGE), instructions(), labelers_per_task=3)
+    ids = list(studio.push(project, tasks_for(questions(8))).values())
+    orders = []
+    for labeler in people(studio, 2):
+        order = []
+        while (task := next_task(labeler, project)) is not None:
+            order.append(task)
+            labeler.annotate(task, verdict_results("unusable"), 1.0)
+        orders.append(order)
+    assert sorted(orders[0]) == sorted(orders[1]) == ids
+    assert ids != orders[0] != orders[1] != ids
+
+
+@PERSONAL_TOKEN
+@pytest.mark.studio
+def test_simulated_labelers_share_the_work_and_each_has_their_own_hand(studio: LabelStudio) -> None:
+    project = studio.ensure_project(next(titles), labeling_screen(STRANGE), instructions(), labelers_per_task=2)
+    ids = studio.push(project, tasks_for(questions(4)))
+    labelers = people(studio, 3)
+    masks = {question.sample: disc() for question in questions(4)}
+    assert simulate(labelers, project, ids.values(), masks, Faults(), seed=0) == {"map_fixed": 8}
+    opinions, aside = read_corrections(studio.answered(project), STRANGE)
+    agreed, disputes = settle(opinions, panel=2)
+    assert (aside, disputes, len(agreed)) == ([], [], 4)
+    assert all(len(one.opinions) == 2 and 0.5 < one.weight < 1 for one in agreed)
+    assert {one.labeler for one in opinions} == {one.who() for one in labelers}
+
+
+@pytest.mark.studio
+def test_hasty_labelers_skip_leave_drafts_and_call_maps_fine(studio: LabelStudio) -> None:
     project = new_project(studio)
-    ids = studio.push(project, tasks_for(questions(1)))
-    studio.attach_backend(project, serve(create_app(predictor)), "abnloop")
-    (backend,) = ask(label_studio, f"/api/ml?project={project}").json()
-
-    def stroke(result: list[dict[str, Any]]) -> Any:
-        answer = httpx.post(
-            f"{label_studio.url}/api/ml/{backend['id']}/interactive-annotating",
-            json={"task": ids["sample 0"], "context": {"result": result}},
-            headers={"Authorization": f"Token {label_studio.token}"},
-            trust_env=False,
-        )
-        return answer.raise_for_status().json()
-
-    result = mask_result(disc(), "bitmask")
-    text = stroke([result])["data"]["result"][0]["value"]["text"][0]
-    assert text.startswith("日本語 0.90 · cat 0.10 · ")
-    sent = decode_png(result["value"]["imageDataURL"], HEIGHT, WIDTH)
-    assert seen == [("sample 0", int((sent > 0).sum()))]
-    assert not stroke([])["data"].get("result")
-    assert len(seen) == 1
+    ids = studio.push(project, tasks_for(questions(14)))
+    masks = {question.sample: disc() for question in questions(14)}
+    faults = Faults(lazy=0.3, skips=0.2, drafts=0.2)
+    first = simulate([studio], project, ids.values(), masks, faults, seed=2)
+    assert set(first) == {"map_ok", "map_fixed", "skipped", "draft"} and sum(first.values()) == 14
+    again = simulate([studio], project, ids.values(), masks, faults, seed=2)
+    assert again == {"map_fixed": first["draft"]}, "a draft is submitted, a skip is not taken back"
+    corrections, aside = read_corrections(studio.answered(project), STRANGE)
+    assert len(corrections) == 14 - first["skipped"]
+    assert [one.reason for one in aside] == ["skipped by the labeler"] * first["skipped"]
 
 
 @pytest.mark.studio

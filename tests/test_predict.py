@@ -13,10 +13,11 @@ import torch
 
 from abn import control, evaluate, predict, selection, train
 from abn.data import Pictures
+from abn.early import read_early_confidence
 from abn.evaluate import align, measure
 from abn.manifest import Sample, read_manifest
 from abn.model import ABN, LoadedModel
-from abn.predict import PredictConfig, predict_into
+from abn.predict import Margins, PredictConfig, mirrored_and_moved, predict_into
 from abn.predictions import Predictions, read_predictions, write_shard
 from tiny import ROWS, SIZE, correct, make_workspace, square, tiny_settings, write_params
 
@@ -86,6 +87,44 @@ def test_a_workspace_without_gold_masks_is_answered_too(tmp_path: Path, model: L
     assert not predictions_of(root, model).has_gold.any()
 
 
+def test_a_sample_of_the_pool_costs_three_forward_passes_at_most(tmp_path: Path, model: LoadedModel) -> None:
+    root = make_workspace(tmp_path)
+    (root / "data/gold.npz").unlink()
+    passes = []
+    counter = model.network.register_forward_hook(lambda module, given, output: passes.append(len(given[0])))
+    try:
+        predictions_of(root, model)
+    finally:
+        counter.remove()
+    assert sum(passes) <= 3 * len(ROWS)
+
+
+def test_the_map_of_a_mirrored_and_moved_picture_is_compared_where_both_show_the_same() -> None:
+    images = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    moved = mirrored_and_moved(images, 2)
+    assert torch.equal(moved[..., 2:, 2:], images.flip(-1)[..., :-2, :-2])
+    assert torch.equal(moved[..., 0, 2:], images.flip(-1)[..., 0, :-2])  # what moves in repeats the edge
+
+
+def test_another_margin_comes_from_a_picture_of_another_class_and_the_middle_stays(root: Path) -> None:
+    pictures = Pictures(root, read_manifest(root), CLASSES, (SIZE, SIZE))
+    batch = pictures[list(range(6))]
+    images, answers = batch.images.float() / 255, torch.tensor([0, 1, 0, 1, 0, 1])
+    replaced = Margins(pictures, len(pictures), seed=0).replaced(images, batch.indices, answers)
+    assert torch.equal(replaced[..., 2:-2, 2:-2], images[..., 2:-2, 2:-2])
+    for row in range(6):
+        donors = [i for i in range(30) if torch.equal(pictures[[i]].images[0, :, :2] / 255, replaced[row, :, :2])]
+        assert [pictures.samples[i].label for i in donors] != [CLASSES[answers[row]]]
+        assert len(donors) == 1
+
+
+def test_early_confidence_is_taken_by_sample_and_unknown_without(root: Path, model: LoadedModel) -> None:
+    pictures = Pictures(root, read_manifest(root), CLASSES, model.size)
+    found = predict.predict(model, pictures, PredictConfig(7, 0), early={"train03": 0.75})
+    known = np.isfinite(found.early_confidence)
+    assert found.samples[known].tolist() == ["train03"] and found.early_confidence[known].tolist() == [0.75]
+
+
 def test_another_context_changes_the_answer_and_the_seed_repeats_it(root: Path, model: LoadedModel) -> None:
     first, again, other = (predictions_of(root, model, 30, seed).replaced_probabilities[20:28] for seed in (1, 1, 2))
     assert np.array_equal(first, again)
@@ -123,6 +162,8 @@ def table(probabilities: list[list[float]], **columns: np.ndarray) -> Prediction
             "maps": np.zeros((count, 2, 2)),
             "embeddings": np.zeros((count, 3)),
             "equivariance": np.zeros(count),
+            "margin_reliance": np.zeros(count),
+            "early_confidence": np.full(count, np.nan),
             "has_gold": np.zeros(count, bool),
             "gold_maps": np.zeros((count, 2, 2)),
             "replaced_probabilities": np.full(given.shape, np.nan),
@@ -195,6 +236,9 @@ def test_the_stages_run_in_a_row_with_corrections_and_without(tmp_path: Path, mo
         with (results / "plots/training.csv").open(newline="") as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
         assert not (results / "checkpoint.pt").exists()
+        early = read_early_confidence(results / "early.npz")
+        assert set(early) == {row.id for row in ROWS if row.split == "train"}
+        assert all(0 <= value <= 1 for value in early.values())
     corrected, uncorrected = (
         [json.loads(line)["corrected"] for line in (root / folder / "train.jsonl").read_text().splitlines()]
         for folder in ("results", "results/control")

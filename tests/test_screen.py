@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from labeling.screen import VERDICTS, class_key, class_name, labeling_screen
+from labeling.screen import VERDICTS, class_key, class_name, instructions, labeling_screen
 
 STRANGE = [
     "leaf rust",
@@ -50,18 +50,33 @@ def test_the_screen_offers_every_class_by_its_key(tool: str) -> None:
     assert screen.find(f".//{tool.capitalize()}Labels[@smartOnly='true']") is not None
 
 
-def test_every_verdict_has_a_key_of_its_own() -> None:
+def test_every_verdict_has_a_key_of_its_own_and_shows_it() -> None:
     screen = ElementTree.fromstring(labeling_screen(["cat", "dog"]))
     choices = screen.findall(".//Choices[@name='verdict']/Choice")
     assert [choice.get("value") for choice in choices] == list(VERDICTS)
-    assert [choice.get("hotkey") for choice in choices] == ["1", "2", "3", "4", "5"]
+    for number, choice in enumerate(choices, start=1):
+        assert choice.get("hotkey") == str(number)
+        assert choice.get("html", "").startswith(f"<b>{number}</b> ")
 
 
-def test_few_classes_stay_in_sight_and_many_become_a_list() -> None:
+def test_no_key_means_two_things_and_none_is_left_to_the_editor() -> None:
+    screen = ElementTree.fromstring(labeling_screen([f"class {number}" for number in range(1000)]))
+    keys = [one.get("hotkey") for tag in ("Choice", "Label", "Filter") for one in screen.findall(f".//{tag}")]
+    assert None not in keys and len(set(keys)) == len(keys)
+    assert not {"b", "e", "[", "]"} & set(keys)
+
+
+def test_many_classes_can_be_searched() -> None:
     few = ElementTree.fromstring(labeling_screen(["cat", "dog"]))
     many = ElementTree.fromstring(labeling_screen([f"class {number}" for number in range(300)]))
-    assert few.find(".//Choices[@layout='inline']") is not None
-    assert many.find(".//Choices[@layout='select']") is not None
+    assert few.find(".//Filter") is None
+    assert many.find(".//Filter[@toName='new_class']") is not None
+
+
+def test_the_instructions_name_every_key_in_both_languages() -> None:
+    english, japanese = instructions().split("<h3>やること")
+    for number in range(1, len(VERDICTS) + 1):
+        assert f"<b>{number}</b>" in english and f"<b>{number}</b>" in japanese
 
 
 def test_bad_screens_are_refused() -> None:

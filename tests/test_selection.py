@@ -3,145 +3,301 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, read_corrections
 from abn.predictions import Predictions, write_shard
-from abn.selection import Pick, SelectionConfig, main, select
+from abn.selection import STRATEGIES, Pick, SelectionConfig, Told, main, read_told, select
 from tiny import PROJECT, correction, write_csv
 
 CLASSES = ["cat", "dog"]
+BY_NAME = sorted(set(STRATEGIES) - {"random"})
 
 
-def answers(
-    probabilities: list[list[float]],
-    attention: list[list[float]] | None = None,
-    equivariance: list[float] | None = None,
-    names: list[str] | None = None,
-) -> Predictions:
+def answers(probabilities: list[list[float]], names: list[str] | None = None, **columns: Any) -> Predictions:
     count = len(probabilities)
     given = np.array(probabilities, dtype=np.float32)
     return Predictions(
         samples=np.array(names or [f"s{i:02d}" for i in range(count)]),
         probabilities=given,
-        attention_probabilities=given if attention is None else np.array(attention, dtype=np.float32),
+        attention_probabilities=given,
         maps=np.zeros((count, 2, 2), np.float32),
-        embeddings=np.zeros((count, 3), np.float32),
-        equivariance=np.zeros(count, np.float32) if equivariance is None else np.array(equivariance, np.float32),
+        embeddings=np.array(columns.get("embeddings", np.eye(count)), np.float32),
+        equivariance=np.zeros(count, np.float32),
+        margin_reliance=np.array(columns.get("margin_reliance", [0.0] * count), np.float32),
+        early_confidence=np.array(columns.get("early_confidence", [np.nan] * count), np.float32),
         has_gold=np.zeros(count, bool),
         gold_maps=np.zeros((count, 2, 2), np.float32),
         replaced_probabilities=np.full((count, 2), np.nan, np.float32),
     )
 
 
+def config(strategy: str = "benefit", budget: int = 2, **changes: Any) -> SelectionConfig:
+    values: dict[str, Any] = {"budget_minutes": 0.0, "random_share": 0.0, "seed": 0, **changes}
+    return SelectionConfig(strategy, budget, **values)  # type: ignore[arg-type]
+
+
 def choose(
-    predictions: Predictions, labels: list[int], budget: int, random_share: float = 0.0, seed: int = 0
+    predictions: Predictions, labels: list[int], chosen: SelectionConfig, told: Told | None = None
 ) -> list[Pick]:
-    config = SelectionConfig(budget, random_share, seed)
-    return select(predictions, np.array(labels), range(len(labels)), CLASSES, config)
+    candidates = range(len(labels)) if told is None else np.flatnonzero(~told.answered).tolist()
+    return select(predictions, np.array(labels), candidates, CLASSES, chosen, told)
+
+
+def names(picks: list[Pick]) -> list[str]:
+    return [pick.sample for pick in picks]
 
 
 def many(count: int) -> Predictions:
     rng = np.random.default_rng(0)
-    probabilities, attention = rng.dirichlet([1, 1], count), rng.dirichlet([1, 1], count)
-    return answers(probabilities.tolist(), attention.tolist(), rng.random(count).tolist())
+    return answers(
+        rng.dirichlet([1, 1], count).tolist(),
+        embeddings=rng.standard_normal((count, 5)),
+        margin_reliance=rng.random(count),
+        early_confidence=rng.random(count),
+    )
 
 
-def test_a_surely_wrong_answer_comes_first_and_its_reason_says_so() -> None:
+# --- strategies
+
+
+def test_misclassified_puts_the_surest_error_first() -> None:
     predictions = answers([[0.1, 0.9], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7]])
-    picks = choose(predictions, [1, 0, 0, 1], budget=2)
+    picks = choose(predictions, [1, 0, 0, 1], config("misclassified"))
     assert [(pick.sample, pick.score) for pick in picks] == [("s01", pytest.approx(0.9)), ("s02", pytest.approx(0.8))]
     assert picks[0].reason == "misclassified: answers dog (80%), labeled cat"
-    assert picks[0].minutes == 0.5
 
 
-def test_among_right_answers_the_doubtful_map_comes_first() -> None:
-    right = [[0.9, 0.1]] * 3
-    branches_apart = answers(right, attention=[[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
-    first = choose(branches_apart, [0, 0, 0], budget=1)[0]
-    assert first.sample == "s01"
-    assert first.reason.startswith("doubtful attention: the two branches of the network answer differently")
-    does_not_mirror = answers(right, equivariance=[0.1, 0.0, 0.4])
-    first = choose(does_not_mirror, [0, 0, 0], budget=1)[0]
-    assert first.sample == "s02"
-    assert first.reason == "doubtful attention: the map does not follow the picture when it is mirrored"
+def test_margin_prefers_the_closest_pair() -> None:
+    picks = choose(answers([[0.9, 0.1], [0.45, 0.55], [0.3, 0.7]]), [0, 1, 1], config("margin"))
+    assert [(pick.sample, pick.score) for pick in picks] == [("s01", pytest.approx(0.9)), ("s02", pytest.approx(0.6))]
+    assert picks[0].reason == "unsure: dog (55%) or cat (45%)"
 
 
-def test_the_order_follows_the_score() -> None:
-    predictions = many(60)
+def test_entropy_is_a_share_of_the_largest() -> None:
+    picks = choose(answers([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]), [0, 1, 0], config("entropy"))
+    # -(3/4 log2 3/4 + 1/4 log2 1/4) = 0.8113 bits of 1
+    assert [(pick.sample, pick.score) for pick in picks] == [
+        ("s01", pytest.approx(1.0)),
+        ("s02", pytest.approx(0.8113, abs=1e-4)),
+    ]
+
+
+def test_attention_asks_about_the_most_suspicious_map() -> None:
+    sure = [[0.98, 0.02]] * 60
+    near = np.repeat(np.eye(3), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (60, 3))
+    margin_reliance = [0.1] * 20 + [0.8] * 20 + [0.0] * 20
+    predictions = answers(sure, embeddings=near, margin_reliance=margin_reliance)
+    picks = choose(predictions, [0] * 60, config("attention", 5))
+    assert all(20 <= int(name[1:]) < 40 for name in names(picks))
+    assert picks[0].reason == "doubtful attention: the answer hangs on the edge of the picture (80%)"
+    early = [0.3] * 40 + [0.9] * 20
+    picks = choose(answers(sure, embeddings=near, early_confidence=early), [0] * 60, config("attention", 5))
+    assert all(int(name[1:]) >= 40 for name in names(picks))
+    assert picks[0].reason == "doubtful attention: learned before most others, as shortcuts are"
+
+
+def test_verdicts_point_to_the_pictures_that_are_alike() -> None:
+    sure = [[0.98, 0.02]] * 60
+    near = np.repeat(np.eye(3), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (60, 3))
+    verdicts = np.full(60, np.nan)
+    verdicts[40:50] = 1
+    verdicts[[*range(5), *range(20, 25)]] = 0
+    told = Told(np.isfinite(verdicts), verdicts)
+    picks = choose(answers(sure, embeddings=near), [0] * 60, config("attention", 6), told)
+    assert set(names(picks)) <= {f"s{i}" for i in range(50, 60)}
+    assert picks[0].reason == "doubtful attention: labelers called the maps of similar pictures wrong"
+
+
+def test_k_center_takes_the_farthest_from_all_before() -> None:
+    """On a circle: after the first, the one opposite, then one at a right angle to both."""
+    angles = np.deg2rad([0, 10, 90, 170, 180, 270])
+    circle = np.column_stack([np.cos(angles), np.sin(angles)])
+    circle -= circle.mean(axis=0)
+    picks = choose(answers([[0.5, 0.5]] * 6, embeddings=circle), [0] * 6, config("k-center", 3))
+    found = {names(picks)[0], names(picks)[1]}
+    assert found <= {"s00", "s01", "s03", "s04"} and len({int(name[1:]) < 2 for name in found}) == 2
+    assert names(picks)[2] in {"s02", "s05"}
+    answered = np.array([True, False, False, False, True, False])
+    told = Told(answered, np.full(6, np.nan))
+    picks = choose(answers([[0.5, 0.5]] * 6, embeddings=circle), [0] * 6, config("k-center", 2), told)
+    assert set(names(picks)) == {"s02", "s05"}
+    assert picks[0].reason == "unlike every picture that was asked about so far"
+
+
+def test_badge_takes_the_unsure_and_not_two_alike() -> None:
+    unsure, sure = [0.5, 0.5], [1.0, 0.0]
+    embeddings = np.array([[1.0, 0], [1.0, 0.001], [0, 1.0], [0, 1.001], [5.0, 0], [0, 5.0]])
+    predictions = answers([unsure] * 4 + [sure] * 2, embeddings=embeddings)
+    picked = {
+        frozenset(int(name[1:]) // 2 for name in names(choose(predictions, [0] * 6, config("badge", seed=seed))))
+        for seed in range(10)
+    }
+    assert picked <= {frozenset({0, 1}), frozenset({0, 1, 2}), frozenset({0, 2}), frozenset({1, 2})}
+    assert frozenset({0, 1}) in picked
+
+
+def test_benefit_prefers_what_teaches_over_what_does_not() -> None:
+    predictions = answers([[0.9, 0.1]] * 3, margin_reliance=[0.0, 0.9, 0.0])
+    wrong_then_doubtful = choose(predictions, [1, 0, 0], config())
+    assert names(wrong_then_doubtful)[0] == "s00"
+    assert wrong_then_doubtful[0].reason.startswith("misclassified")
+
+
+def test_benefit_asks_about_near_duplicates_once() -> None:
+    rng = np.random.default_rng(0)
+    where = rng.standard_normal((40, 8))
+    where[20:] = where[20] + rng.normal(0, 1e-4, (20, 8))  # twenty shots of one thing, all misclassified
+    predictions = answers([[0.3, 0.7]] * 20 + [[0.2, 0.8]] * 20, embeddings=where)
+    labels = [0] * 40
+    alike = [int(name[1:]) >= 20 for name in names(choose(predictions, labels, config(budget=10)))]
+    assert sum(alike) <= 3
+    assert sum(int(name[1:]) >= 20 for name in names(choose(predictions, labels, config("misclassified", 10)))) == 10
+
+
+def test_benefit_lets_classes_take_turns_where_they_are_alike() -> None:
+    """Dogs are all a little more surely wrong than cats, and yet nearly half of the batch are cats."""
+    where = np.random.default_rng(0).standard_normal((40, 8))
+    predictions = answers([[0.05, 0.95]] * 20 + [[0.6, 0.4]] * 20, embeddings=where)
+    picks = choose(predictions, [0] * 20 + [1] * 20, config(budget=10))
+    assert 4 <= sum(int(name[1:]) >= 20 for name in names(picks)) <= 6
+
+
+def test_benefit_stays_with_the_class_that_is_much_worse() -> None:
+    where = np.random.default_rng(0).standard_normal((40, 8))
+    predictions = answers([[0.05, 0.95]] * 20 + [[0.99, 0.01]] * 20, embeddings=where)
+    picks = choose(predictions, [0] * 40, config(budget=10))
+    assert sum(int(name[1:]) < 20 for name in names(picks)) >= 9
+
+
+def test_benefit_does_not_ask_again_about_what_is_answered() -> None:
+    where = np.random.default_rng(0).standard_normal((20, 8))
+    where[1] = where[0]
+    told = Told(np.arange(20) == 0, np.full(20, np.nan))
+    picks = choose(answers([[0.3, 0.7]] * 20, embeddings=where), [0] * 20, config(budget=18), told)
+    assert "s01" not in names(picks)
+
+
+# --- what holds for every strategy
+
+
+@pytest.mark.parametrize("strategy", BY_NAME)
+def test_the_order_follows_the_score(strategy: str) -> None:
     for share in (0.0, 0.3):
-        scores = [pick.score for pick in choose(predictions, [0, 1] * 30, budget=25, random_share=share)]
+        picks = choose(many(60), [0, 1] * 30, config(strategy, 25, random_share=share))
+        scores = [pick.score for pick in picks]
         assert scores == sorted(scores, reverse=True)
-        assert len(set(scores)) > 20
+        assert len(set(scores)) > 15
         assert 0 <= min(scores) <= max(scores) <= 1
+        assert len(set(names(picks))) == 25
 
 
-def test_one_class_alone_gives_its_highest_scores() -> None:
-    predictions = answers([[0.5 + i / 100, 0.5 - i / 100] for i in range(1, 41)])
-    picks = choose(predictions, [1] * 40, budget=10)
-    assert [pick.sample for pick in picks] == [f"s{i:02d}" for i in range(39, 29, -1)]
-
-
-def test_ties_break_by_sample_id_whatever_the_order_of_the_rows() -> None:
-    names = ["d", "b", "e", "a", "c"]
-    picks = choose(answers([[0.1, 0.9]] * 5, names=names), [0] * 5, budget=3)
-    assert [pick.sample for pick in picks] == ["a", "b", "c"]
-
-
-def test_the_order_of_the_candidates_does_not_matter() -> None:
+@pytest.mark.parametrize("strategy", BY_NAME)
+def test_the_same_seed_gives_the_same_batch_whatever_the_order_of_rows_and_candidates(strategy: str) -> None:
     predictions, labels = many(40), np.array([0, 1] * 20)
-    config = SelectionConfig(15, 0.4, 3)
-    forth = select(predictions, labels, list(range(40)), CLASSES, config)
-    assert forth == select(predictions, labels, list(range(39, -1, -1)), CLASSES, config)
+    order = np.random.default_rng(1).permutation(40)
+    chosen = config(strategy, 15, random_share=0.4, seed=3)
+    forth = select(predictions, labels, list(range(40)), CLASSES, chosen)
+    assert forth == select(predictions, labels, list(range(39, -1, -1)), CLASSES, chosen)
+    assert names(forth) == names(select(predictions[order], labels[order], list(range(40)), CLASSES, chosen))
+    assert forth != select(
+        predictions, labels, list(range(40)), CLASSES, config(strategy, 15, random_share=0.4, seed=4)
+    )
 
 
-def test_the_same_seed_gives_the_same_batch_and_another_seed_another() -> None:
-    predictions, labels = many(60), [0, 1] * 30
-    assert choose(predictions, labels, 20, 0.5, seed=1) == choose(predictions, labels, 20, 0.5, seed=1)
-    assert choose(predictions, labels, 20, 0.5, seed=1) != choose(predictions, labels, 20, 0.5, seed=2)
+@pytest.mark.parametrize("strategy", ["attention", "misclassified", "margin", "entropy", "random"])
+def test_ties_break_by_sample_id_whatever_the_order_of_the_rows(strategy: str) -> None:
+    predictions = answers([[0.1, 0.9]] * 5, names=["d", "b", "e", "a", "c"])
+    picks = choose(predictions, [0] * 5, config(strategy, 3))
+    assert names(picks) == sorted(names(picks))
+    if strategy != "random":
+        assert names(picks) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_unlabeled_pictures_are_asked_about_in_their_own_words(strategy: str) -> None:
+    picks = choose(answers([[0.9, 0.1], [0.2, 0.8]]), [-1, -1], config(strategy))
+    said = {pick.reason for pick in picks}
+    assert said == (
+        {"picked at random, to learn how many maps are wrong"}
+        if strategy == "random"
+        else {"no label yet: answers cat (90%)", "no label yet: answers dog (80%)"}
+    )
+
+
+def test_answers_that_are_all_sure_do_not_stop_any_strategy() -> None:
+    for strategy in STRATEGIES:
+        assert len(choose(answers([[1.0, 0.0]] * 8), [0] * 8, config(strategy, 8))) == 8
+
+
+# --- budgets
 
 
 def test_a_budget_above_the_pool_is_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError) as refused:
-        choose(many(12), [0] * 12, budget=13)
+        choose(many(12), [0] * 12, config(budget=13))
     assert str(refused.value) == "selection.budget is 13 but the pool holds 12 images; lower it in params.yaml"
-    assert len(choose(many(12), [0] * 12, budget=12)) == 12
+    assert len(choose(many(12), [0] * 12, config(budget=12))) == 12
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_a_budget_of_minutes_ends_the_batch_earlier(share: float) -> None:
+    predictions, labels = many(60), [0, 1] * 30
+    whole = choose(predictions, labels, config(budget=40, random_share=share))
+    spent = sum(pick.minutes for pick in whole)
+    some = choose(predictions, labels, config(budget=40, random_share=share, budget_minutes=spent / 2))
+    assert spent / 2 - 0.5 <= sum(pick.minutes for pick in some) <= spent / 2
+    assert set(names(some)) < set(names(whole))
+    with pytest.raises(ValueError, match=r"selection.budget_minutes is 0.001, but one picture is expected to take"):
+        choose(predictions, labels, config(budget=40, budget_minutes=1e-3))
+
+
+def test_a_map_that_is_likely_wrong_takes_the_minutes_of_painting() -> None:
+    predictions = answers([[0.9, 0.1]] * 40, margin_reliance=[0.0] * 20 + [1.0] * 20)
+    verdicts = np.full(40, np.nan)
+    verdicts[:10], verdicts[20:30] = 0, 1
+    told = Told(np.isfinite(verdicts), verdicts, minutes_to_paint=2.0, minutes_to_confirm=0.2)
+    minutes = {pick.sample: pick.minutes for pick in choose(predictions, [0] * 40, config("attention", 20), told)}
+    assert all(0.2 <= value <= 2 for value in minutes.values())
+    assert min(minutes[f"s{i}"] for i in range(30, 40)) > max(minutes[f"s{i}"] for i in range(10, 20))
+
+
+# --- the random share
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 2), (0.5, 10), (1.0, 20)])
-def test_the_random_share_is_honoured_and_says_so(share: float, expected: int) -> None:
-    picks = choose(many(60), [0, 1] * 30, budget=20, random_share=share)
-    assert sum(pick.reason.startswith("picked at random") for pick in picks) == expected
-    assert len({pick.sample for pick in picks}) == 20
+def test_the_random_share_is_honoured_and_kept_apart(share: float, expected: int) -> None:
+    picks = choose(many(60), [0, 1] * 30, config(budget=20, random_share=share))
+    assert sum(pick.at_random for pick in picks) == expected
+    assert all(pick.reason.startswith("picked at random") == pick.at_random for pick in picks)
+    assert len(set(names(picks))) == 20
 
 
 def test_random_picks_reach_every_sample() -> None:
-    predictions = many(20)
-    picked = {pick.sample for seed in range(40) for pick in choose(predictions, [0] * 20, 4, 1.0, seed)}
-    assert picked == set(predictions.samples.tolist())
+    picked = {name for seed in range(40) for name in names(choose(many(20), [0] * 20, config("random", 4, seed=seed)))}
+    assert len(picked) == 20
 
 
-def test_classes_take_turns() -> None:
-    """Dogs are all more surely wrong than cats, and yet half of the batch are cats."""
-    probabilities = [[0.05, 0.95]] * 20 + [[0.6, 0.4]] * 20
-    picks = choose(answers(probabilities), [0] * 20 + [1] * 20, budget=10)
-    assert sum(int(pick.sample[1:]) >= 20 for pick in picks) == 5
+# --- what people have said
 
 
-def test_a_class_that_runs_out_leaves_its_turns_to_the_others() -> None:
-    probabilities = [[0.05, 0.95]] * 2 + [[0.6, 0.4]] * 20
-    picks = choose(answers(probabilities), [0] * 2 + [1] * 20, budget=10)
-    assert sum(int(pick.sample[1:]) >= 2 for pick in picks) == 8
-
-
-def test_what_has_no_label_yet_is_asked_for_in_its_own_words() -> None:
-    picks = choose(answers([[0.9, 0.1], [0.2, 0.8]]), [-1, -1], budget=2)
-    assert {pick.reason for pick in picks} == {
-        "no label yet: answers cat (90%)",
-        "no label yet: answers dog (80%)",
-    }
+def test_verdicts_and_minutes_are_read_from_the_corrections() -> None:
+    rows = [
+        correction("s00", "map_fixed", minutes="0.40"),
+        correction("s01", "map_fixed", minutes="0.60"),
+        correction("s02", "map_fixed", minutes="0.00"),  # the time got lost
+        correction("s03", "map_ok", minutes="0.05"),
+        correction("s04", "label_wrong", minutes="9.00"),
+    ]
+    told = read_told(answers([[0.5, 0.5]] * 6), {row["sample"]: row for row in rows})
+    assert told.answered.tolist() == [True] * 5 + [False]
+    np.testing.assert_array_equal(told.verdicts, [1, 1, 1, 0, np.nan, np.nan])
+    assert (told.minutes_to_paint, told.minutes_to_confirm) == (pytest.approx(0.5), pytest.approx(0.05))
+    untold = read_told(answers([[0.5, 0.5]]), {})
+    assert (untold.minutes_to_paint, untold.minutes_to_confirm) == (0.5, 0.1)
 
 
 def test_the_stage_asks_for_train_and_pool_that_nobody_has_answered(
@@ -158,12 +314,13 @@ def test_the_stage_asks_for_train_and_pool_that_nobody_has_answered(
     write_csv(tmp_path / "data/corrections.csv", CORRECTION_COLUMNS, [correction("b", "map_ok")])
     write_shard(tmp_path / "results/predictions/0000.npz", answers([[0.3, 0.7]] * 7, names=list(splits)))
     params = (PROJECT / "params.yaml").read_text().replace("budget: 30", "budget: 4")
-    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "params.yaml").write_text(params.replace("random_share: 0.1", "random_share: 0.25"))
     monkeypatch.chdir(tmp_path)
     main()
     with (tmp_path / "results/batch.csv").open(newline="") as file:
         batch = list(csv.DictReader(file))
-    assert list(batch[0]) == ["sample", "score", "reason", "minutes"]
+    assert list(batch[0]) == ["sample", "score", "reason", "minutes", "at_random"]
     assert {row["sample"] for row in batch} == {"a", "e", "f", "g"}
     assert json.loads(batch[0]["score"]) >= json.loads(batch[-1]["score"])
+    assert sorted(row["at_random"] for row in batch) == ["", "", "", "yes"]
     assert set(read_corrections(tmp_path)) == {"b"}

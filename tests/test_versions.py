@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.versions import Dvc, Git
+from flows.processes import stop_marked
+from flows.versions import HOLDER, Dvc, Git, holder_mark
 
 STAGE = """stages:
   copy:
@@ -124,6 +126,18 @@ def test_a_commit_waits_for_another_git_command(git: Git) -> None:
     assert git.is_clean()
 
 
+def test_the_lock_of_a_git_that_was_killed_goes_and_that_of_a_living_one_stays(git: Git) -> None:
+    lock = git.root / ".git" / "index.lock"
+    lock.touch()
+    git.free_index()
+    assert lock.exists()
+    for away in (-3600, 3600):  # a clock that was set back since dates it into the future
+        lock.touch()
+        os.utime(lock, (time.time() + away, time.time() + away))
+        git.free_index()
+        assert not lock.exists()
+
+
 def test_a_stage_runs_and_its_lines_arrive_one_by_one(dvc: Dvc) -> None:
     command = (
         """python -c "import time; print('one'); time.sleep(1.5); print('two'); open('made.txt', 'w').write('m')\""""
@@ -153,6 +167,21 @@ def test_an_interrupted_stage_leaves_no_process(dvc: Dvc) -> None:
     with pytest.raises(KeyboardInterrupt):
         dvc.repro(interrupt)
     assert not psutil.pid_exists(started[0]) or psutil.Process(started[0]).status() == psutil.STATUS_ZOMBIE
+
+
+REPRO = "import sys; from flows.versions import Dvc; Dvc(sys.argv[1]).repro(lambda line: print(line, flush=True))"
+
+
+def test_what_a_killed_process_left_running_can_be_found_and_ended(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="echo started $$; exec sleep 987"))
+    with subprocess.Popen([sys.executable, "-c", REPRO, str(dvc.root)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        stage = psutil.Process(next(int(line.split()[1]) for line in holder.stdout if line.startswith("started")))
+        holder.kill()
+    assert stage.is_running(), "it does not know that nobody listens"
+    assert stop_marked(HOLDER, holder_mark(os.getpid(), dvc.root)) == 0
+    assert stop_marked(HOLDER, holder_mark(holder.pid, dvc.root)) == 1
+    assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
 
 
 def test_data_missing_from_the_cache_is_named_with_the_remedy(dvc: Dvc) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.workspace import Workspace, open_workspace, read_json, write_atomically, write_json
+from flows.workspace import InUse, Workspace, open_workspace, read_json, write_atomically, write_json
 
 HOLDER = """
 import sys, time
@@ -31,7 +31,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_holder_is_told_who_holds_the_workspace(tmp_path: Path, holder: subprocess.Popen) -> None:
-    with pytest.raises(ValueError) as error, Workspace(tmp_path).lock("round collect"):
+    with pytest.raises(InUse) as error, Workspace(tmp_path).lock("round collect"):
         pass
     message = str(error.value)
     assert "round open" in message and f"pid {holder.pid}" in message and "since" in message and "\n" not in message
@@ -40,14 +40,19 @@ def test_a_second_holder_is_told_who_holds_the_workspace(tmp_path: Path, holder:
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess.Popen) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with Workspace(tmp_path).lock("round collect"):
+    with Workspace(tmp_path).lock("withdraw") as left_behind:
+        assert "round open" in left_behind
+    with Workspace(tmp_path).lock("round collect", frees=True) as left_behind:
+        assert "round open" in left_behind and f"pid {holder.pid}" in left_behind, "who frees nothing tells the next"
         assert "round collect" in Workspace(tmp_path).lock_file.read_text()
+    assert Workspace(tmp_path).lock_file.read_text() == ""
 
 
 def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     for command in ("up", "down"):
-        with workspace.lock(command):
+        with workspace.lock(command) as left_behind:
+            assert left_behind == "", "who ended by itself leaves nothing behind"
             assert command in workspace.lock_file.read_text()
     assert workspace.lock_file.read_text() == ""
 

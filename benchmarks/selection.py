@@ -1,0 +1,204 @@
+"""What a labeler's minute is worth by strategy: `python -m benchmarks.selection --fraction 0.2 --minutes 4 --rounds 3`.
+
+Every strategy starts from the same network, trained without corrections where a confound tells some classes. In each
+round it spends a budget of minutes, and the network is trained anew with all that was said. Labelers are those of
+labeling/simulator.py without their faults: a map that agrees with the object (IoU 0.6) is called fine in 6 seconds,
+and becomes the mask; any other is painted in 25. The accuracy is of the test with the confound drawn at random, last
+epoch, the mean of the classes' recalls. `--confound none` asks whether a strategy costs
+anything where nothing misleads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from abn.attention import iou
+from abn.data import Pictures
+from abn.early import read_early_confidence
+from abn.evaluate import measure
+from abn.files import replacing
+from abn.manifest import Sample, mask_sha256
+from abn.model import load_model, resize_map
+from abn.predict import predict
+from abn.predictions import Predictions
+from abn.selection import STRATEGIES, SelectionConfig, Told, select
+from abn.train import train
+from benchmarks.correction import NOTHING, PREDICT, SHAPES, Problem, Spec, seeds_of, settings_with
+from benchmarks.data import CONFOUNDS
+from labeling.simulator import GOOD_ENOUGH_IOU, SECONDS
+
+MINUTES = {verdict: seconds / 60 for verdict, seconds in SECONDS.items()}
+
+
+class Labelers:
+    """Who know the objects. `masks`, uint8 0 or 255, and `verdicts` by row of the training pictures grow from round
+    to round; `minutes` add up."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.verdicts = np.full(len(problem.data), np.nan)  # 1 the map is wrong, 0 it is fine
+        self.masks: dict[int, np.ndarray] = {}
+        self.minutes = 0.0
+
+    def answer(self, rows: Sequence[int], predictions: Predictions) -> None:
+        size = self.problem.visible.shape[1:]
+        for row in rows:
+            shown = resize_map(torch.from_numpy(predictions.maps[row])[None, None], size)[0, 0].numpy() > 0.5
+            known = self.problem.visible[row]
+            fine = bool(iou(shown[None].astype(float), known[None].astype(float))[0] >= GOOD_ENOUGH_IOU)
+            self.verdicts[row] = float(not fine)
+            self.minutes += MINUTES["map_ok" if fine else "map_fixed"]
+            if (mask := shown if fine else known).any():
+                self.masks[row] = np.where(mask, 255, 0).astype(np.uint8)
+
+    def told(self) -> Told:
+        return Told(np.isfinite(self.verdicts), self.verdicts, MINUTES["map_fixed"], MINUTES["map_ok"])
+
+    def samples(self, file: str) -> list[Sample]:
+        """The training samples with the masks so far, which are written to `file`."""
+        samples = list(self.problem.train["confounded"])
+        for row, mask in self.masks.items():
+            painted = bool(self.verdicts[row] == 1)
+            samples[row] = replace(samples[row], masks=file, sha256=mask_sha256(mask), painted=painted)
+        named = {samples[row].id: mask for row, mask in self.masks.items()}
+        np.savez(self.problem.root / file, allow_pickle=False, **named)
+        return samples
+
+
+class Learner:
+    """A problem on disk, and trainings on it."""
+
+    def __init__(self, root: Path, spec: Spec, seed: int, changes: Mapping[str, Any]) -> None:
+        self.problem, self.seed = Problem(root, spec, seed), seed
+        self.changes = {"data.size": list(spec.size), **changes, "train.seed": seed}
+
+    def learn(self, samples: list[Sample], name: str, **changes: Any) -> tuple[Predictions, float]:
+        """Trains; the predictions of the training pictures, and the accuracy of the test with random confound."""
+        problem, settings = self.problem, settings_with({**self.changes, **changes})
+        output = problem.root / name
+        train(problem.root, samples, settings, output, lambda line: None)
+        model, early = load_model(output / "model.pt"), read_early_confidence(output / "early.npz")
+        asked, tested = (
+            Pictures(problem.root, rows, problem.classes, model.size)
+            for rows in (problem.train["confounded"], problem.test["random_confound"])
+        )
+        test = predict(model, tested, PREDICT)
+        accuracy = measure(test, problem.test_labels, np.arange(len(tested)))["balanced_accuracy"]
+        return predict(model, asked, PREDICT, early=early), accuracy
+
+
+def run_seed(
+    spec: Spec, seed: int, strategies: Sequence[str], minutes: float, rounds: int, changes: Mapping[str, Any]
+) -> dict[str, list[dict[str, float]]]:
+    """Of each strategy a point a round: minutes and pictures spent so far, and the accuracy after learning from it."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        learner = Learner(Path(folder), spec, seed, changes)
+        start = learner.learn(learner.problem.train["confounded"], "control", **NOTHING)
+        for strategy in strategies:
+            labelers, (predictions, accuracy) = Labelers(learner.problem), start
+            curves[strategy] = [{"minutes": 0.0, "pictures": 0, "accuracy": accuracy}]
+            for number in range(rounds):
+                told = labelers.told()
+                left = np.flatnonzero(~told.answered).tolist()
+                config = SelectionConfig(strategy, len(left), minutes, 0.1, seed * 100 + number)  # type: ignore[arg-type]
+                picks = select(predictions, learner.problem.data.labels, left, learner.problem.classes, config, told)
+                asked = {pick.sample for pick in picks}
+                labelers.answer([row for row in left if str(predictions.samples[row]) in asked], predictions)
+                predictions, accuracy = learner.learn(labelers.samples(f"{strategy}.npz"), f"{strategy}{number}")
+                point = {"minutes": labelers.minutes, "pictures": len(labelers.masks), "accuracy": accuracy}
+                curves[strategy].append(point)
+                words = f"{point['minutes']:.1f} min  {point['pictures']} pictures  accuracy {accuracy:.3f}"
+                print(f"seed {seed}  {strategy:14} {words}", flush=True)
+    return curves
+
+
+def summary(runs: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, list[dict[str, float]]]:
+    """Mean over the seeds of each point, the standard deviation of its accuracy as `std`."""
+    return {
+        strategy: [
+            {name: float(np.mean([run[strategy][i][name] for run in runs])) for name in point}
+            | {"std": float(np.std([run[strategy][i]["accuracy"] for run in runs]))}
+            for i, point in enumerate(points)
+        ]
+        for strategy, points in runs[0].items()
+    }
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
+    for strategy, points in curves.items():
+        columns = {name: np.array([point[name] for point in points]) for name in ("minutes", "accuracy", "std")}
+        axes.errorbar(columns["minutes"], columns["accuracy"], columns["std"], label=strategy, marker="o", capsize=3)
+    axes.set_xlabel("minutes of labelers")
+    axes.set_ylabel("accuracy, random confound")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description=__doc__)
+    add = parser.add_argument
+    add("--data", default="digits", help="as in benchmarks.correction")
+    add("--path", default="", help="where it lies")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(16, 16), help="pixels (16 16)")
+    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
+    add("--epochs", type=int, default=20)
+    add("--confound", choices=list(CONFOUNDS), default="patch")
+    add("--fraction", type=float, default=0.2, help="of the classes carry the confound in training (0.2)")
+    add("--minutes", type=float, default=2.0, help="of labelers a round, by what each picture is expected to take (2)")
+    add("--rounds", type=int, default=3)
+    add("--strategies", default=",".join(STRATEGIES), help="of " + ", ".join(STRATEGIES))
+    add("--seeds", default="3", help="5: 0 to 4; 100-102; 3,7")
+    add("--plot", type=Path, help="PNG of accuracy against minutes")
+    add("--json", type=Path, help="file for the figures")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Raises ValueError for an unknown strategy or data set."""
+    strategies = options.strategies.split(",")
+    if unknown := [name for name in strategies if name not in STRATEGIES]:
+        raise ValueError(f"--strategies names {unknown[0]!r}; known: {', '.join(STRATEGIES)}")
+    size = tuple(options.size)
+    spec = Spec(options.data, options.path, size, options.train, options.confound, options.fraction, 0, "none")
+    _, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
+    changes = {"data.flip": flip, "model.backbone": "cifar_resnet8", "train.epochs": options.epochs}
+    runs = []
+    for seed in seeds_of(options.seeds):
+        runs.append(run_seed(spec, seed, strategies, options.minutes, options.rounds, changes))
+        curves = summary(runs)
+        if options.plot:
+            draw(options.plot, curves)
+        if options.json:
+            with replacing(options.json) as temporary:
+                temporary.write_text(json.dumps({"seeds": len(runs), "curves": curves}, indent=1) + "\n")
+    return curves
+
+
+def main() -> None:
+    try:
+        curves = run(parse())
+    except ValueError as error:
+        sys.exit(f"benchmarks.selection: {error}")
+    for strategy, points in curves.items():
+        cells = [f"{point['minutes']:5.1f} min {point['accuracy']:.3f} ± {point['std']:.3f}" for point in points]
+        print(f"{strategy:14}", *cells, sep="  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The labelers: what each annotation of theirs says, how they do, and their accounts."""
+
+from __future__ import annotations
+
+import csv
+import re
+import secrets
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from abn.manifest import mask_sha256
+from flows.workspace import Workspace, read_json, write_json
+from labeling.client import LabelStudio
+from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreement
+from labeling.studio import access_token
+
+ANNOTATION_COLUMNS = (
+    *("sample", "task", "annotation", "revision", "labeler", "verdict", "model_version"),
+    *("label", "minutes", "moved", "agreement", "set_aside"),
+)
+
+
+def annotation_rows(opinions: Sequence[Correction], set_aside: Sequence[SetAside]) -> list[dict[str, str]]:
+    """A row of ANNOTATION_COLUMNS for every annotation, in order of their id.
+
+    `agreement`, 0..1, is with the others who answered the sample, empty where nobody else did; `set_aside` says why
+    an annotation teaches nothing, empty where it does.
+    """
+    rows: dict[int, dict[str, str]] = {}
+    for one in opinions:
+        others = [agreement(one, other) for other in opinions if other.sample == one.sample and other is not one]
+        rows[one.annotation] = {
+            **{name: str(getattr(one, name)) for name in ANNOTATION_COLUMNS[:7]},
+            "label": one.label or "",
+            "minutes": f"{one.minutes:.2f}",
+            "moved": "" if one.moved is None else f"{one.moved:.3f}",
+            "agreement": f"{fmean(others):.3f}" if others else "",
+            "set_aside": "",
+        }
+    for left in set_aside:
+        row = rows.setdefault(left.annotation, dict.fromkeys(ANNOTATION_COLUMNS, ""))
+        row |= {"sample": left.sample, "annotation": str(left.annotation), "labeler": left.labeler}
+        row |= {"minutes": f"{left.minutes:.2f}", "set_aside": left.reason}
+    return [rows[number] for number in sorted(rows)]
+
+
+def correction_row(one: Consensus, round_number: int, shard: str) -> dict[str, str]:
+    """The row of data/corrections.csv for what the labelers of a sample agree on, its mask in the file `shard`.
+
+    Several annotations and labelers are separated by spaces, in the same order; minutes are theirs together.
+    """
+    moved = [opinion.moved for opinion in one.opinions if opinion.moved is not None]
+    return {
+        "sample": one.sample,
+        "round": str(round_number),
+        "annotation": " ".join(str(opinion.annotation) for opinion in one.opinions),
+        "revision": max(opinion.revision for opinion in one.opinions),
+        "labeler": " ".join(opinion.labeler for opinion in one.opinions),
+        "verdict": one.verdict,
+        "label": one.label or "",
+        "minutes": f"{sum(opinion.minutes for opinion in one.opinions):.2f}",
+        "model_version": one.opinions[-1].model_version,
+        "masks": "" if one.mask is None else shard,
+        "sha256": "" if one.mask is None else mask_sha256(one.mask),
+        "weight": f"{one.weight:.3f}",
+        "moved": f"{fmean(moved):.3f}" if moved else "",
+    }
+
+
+def still_standing(
+    rows: Mapping[str, dict[str, str]], annotations: Sequence[Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """`rows` of data/corrections.csv by sample, without those whose annotations have all been read anew: what they
+    said before they were changed, skipped or disputed no longer counts."""
+    read = {row["annotation"] for row in annotations}
+    return {sample: row for sample, row in rows.items() if not set(row["annotation"].split(" ")) <= read}
+
+
+def labeler_report(place: Workspace) -> list[dict[str, Any]]:
+    """A mapping for each labeler, in order of their email, from the files of the collected rounds alone.
+
+    `tasks` counts answers, `minutes` adds up their time at the screen and `minutes_a_task` is its median where it is
+    known; `agreement`, 0..1, is the mean over the answers that others gave too, `moved`, 0..1, the mean distance of
+    the maps that they fixed from those that they were shown (None: there is nothing to take the mean of);
+    `verdicts` counts each, `skipped` and `set_aside` what nothing was learned from.
+    """
+    latest: dict[str, dict[str, str]] = {}
+    for round_ in place.rounds():
+        if round_.corrections.is_file():
+            with round_.corrections.open(newline="", encoding="utf-8") as file:
+                latest |= {row["annotation"]: row for row in csv.DictReader(file)}
+    by_labeler: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in latest.values():
+        by_labeler[row["labeler"]].append(row)
+    return [_report(labeler, by_labeler[labeler]) for labeler in sorted(by_labeler)]
+
+
+def _report(labeler: str, rows: list[dict[str, str]]) -> dict[str, Any]:
+    minutes = [float(row["minutes"]) for row in rows if row["verdict"]]
+    agreements = [float(row["agreement"]) for row in rows if row["agreement"]]
+    moved = [float(row["moved"]) for row in rows if row["moved"] and row["verdict"] == "map_fixed"]
+    known = [one for one in minutes if one > 0]
+    skipped = sum(row["set_aside"] == SKIPPED for row in rows)
+    return {
+        "labeler": labeler,
+        "tasks": len(minutes),
+        "minutes": round(sum(float(row["minutes"]) for row in rows), 2),
+        "minutes_a_task": round(median(known), 2) if known else None,
+        "agreement": round(fmean(agreements), 3) if agreements else None,
+        "moved": round(fmean(moved), 3) if moved else None,
+        "verdicts": dict(sorted(Counter(row["verdict"] for row in rows if row["verdict"]).items())),
+        "skipped": skipped,
+        "set_aside": sum(bool(row["set_aside"]) for row in rows) - skipped,
+    }
+
+
+def labeler_table(report: Sequence[Mapping[str, Any]]) -> Table:
+    """The report as people read it."""
+    table = Table(title="labelers", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("labeler")
+    columns = ("tasks", "minutes", "minutes_a_task", "agreement", "moved", "skipped", "set_aside")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("verdicts")
+    for one in report:
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in one["verdicts"].items())
+        numbers = ["-" if one[name] is None else str(one[name]) for name in columns]
+        table.add_row(escape(one["labeler"]), *numbers, verdicts)
+    return table
+
+
+def invite(studio: LabelStudio, emails: Sequence[str]) -> dict[str, str]:
+    """Accounts for new labelers: email -> password, which is kept nowhere.
+
+    Raises ValueError, before anybody is invited, for what is no email or has an account.
+    """
+    known = studio.emails()
+    for email in emails:
+        # Its log-in form refuses an address that ends in a single letter, although one can sign up with it.
+        if not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s.]{2,}", email):
+            raise ValueError(f"{email!r} is no email address, such as ann@example.com")
+        if email.lower() in known:
+            raise ValueError(f"{email} has an account already; leave it out")
+    passwords = {email: secrets.token_urlsafe(12) for email in emails}
+    for email, password in passwords.items():
+        studio.invite(email, password)
+    return passwords
+
+
+def simulated_labelers(place: Workspace, studio: LabelStudio, count: int) -> list[LabelStudio]:
+    """The accounts of `count` simulated labelers: the workspace's own, and others that are made once."""
+    if count < 1:
+        raise ValueError(f"--labelers is {count}; it must be at least 1")
+    emails = [f"simulated-{number}@example.com" for number in range(2, count + 1)]
+    tokens = read_json(place.simulated_labelers)
+    for email in emails:
+        if email not in tokens:
+            password = invite(studio, [email])[email]
+            tokens[email] = access_token(studio.url, email, password)
+            write_json(place.simulated_labelers, tokens, mode=0o600)
+    return [studio, *(LabelStudio(studio.url, tokens[email]) for email in emails)]

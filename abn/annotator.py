@@ -62,14 +62,17 @@ def annotate(
     """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust them, 0..1.
 
     Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
-    with masks of people that the annotator was not shown, over `FAIR`. Where it finds nothing there is no mask.
+    with masks of people that the annotator was not shown, over `FAIR`; of fewer than ten corrections none can be
+    spared, and it is the overlap with those that it was shown. Where it finds nothing there is no mask.
     """
     generator = torch.Generator().manual_seed(seed)
-    held_out = corrected[::HELD_OUT] if len(corrected) >= 2 * HELD_OUT else corrected
-    taught = sorted(set(corrected) - set(held_out)) or list(corrected)
+    taught = judged = list(corrected)
+    if len(corrected) >= 2 * HELD_OUT:
+        judged = taught[::HELD_OUT]
+        del taught[::HELD_OUT]
     annotator = _trained(pictures, taught, classes, config, generator, device)
-    _, _, people = _examples(pictures, held_out, device)
-    drawn = torch.stack(list(_masks(annotator, pictures, held_out, device).values())).to(device) / 255
+    _, _, people = _examples(pictures, judged, device)
+    drawn = torch.stack(list(_masks(annotator, pictures, judged, device).values())).to(device) / 255
     trust = min(1.0, overlap(binarised(drawn), binarised(people)).item() / FAIR)
     rest = sorted(set(range(len(pictures))) - set(corrected))
     found = _masks(annotator, pictures, rest, device)
@@ -100,7 +103,8 @@ def _trained(
         shown, wanted = augment(images[rows], masks[rows], config, generator)
         hard = binarised(wanted)
         elsewhere = replace_context(shown, hard, random_contexts(without_objects(shown, hard), generator))
-        shown = torch.where(_some(rows, 0.5, generator).to(device), elsewhere, shown)
+        moved = torch.rand(BATCH_SIZE, generator=generator).to(device) < 0.5
+        shown = torch.where(moved.view(-1, 1, 1, 1), elsewhere, shown)
         logits = annotator(_in_other_light(shown, generator), labels[rows])
         optimizer.zero_grad(set_to_none=True)
         mask_loss(logits, wanted).backward()
@@ -139,8 +143,6 @@ def _examples(
     size = [max(1, round(side * scale)) for side in pictures.size]
     images, masks = (
         F.interpolate(part.to(device).float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False)
-        if scale < 1
-        else part.to(device).float() / 255
         for part in (batch.images, batch.masks)
     )
     return images, batch.labels.to(device), masks
@@ -150,7 +152,3 @@ def _in_other_light(images: Float[Tensor, "b 3 h w"], generator: torch.Generator
     """Contrast by up to a fifth and brightness by up to 0.15, each channel on its own."""
     gain, offset = torch.rand(2, len(images), 3, 1, 1, generator=generator).to(images.device) - 0.5
     return ((images - 0.5) * (1 + 0.4 * gain) + 0.5 + 0.3 * offset).clamp(0, 1)
-
-
-def _some(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    return (torch.rand(len(rows), generator=generator) < rate).view(-1, 1, 1, 1)

@@ -89,17 +89,15 @@ class Pictures(Dataset[Batch]):
         return len(self.samples)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        masks = [self.mask_of(index) for index in indices]
-        given = torch.tensor([mask is not None for mask in masks])
-        samples, chosen = [self.samples[index] for index in indices], torch.tensor(indices)
-        nothing = torch.zeros((1, *self.size), dtype=torch.uint8)
+        people = [self._mask(index) for index in indices]
+        masks = [self._drawn_mask(i) if mask is None else mask for i, mask in zip(indices, people, strict=True)]
+        given = torch.tensor([mask is not None for mask in people])
         drawn = torch.tensor([index in self.drawn for index in indices])
+        samples, chosen = [self.samples[index] for index in indices], torch.tensor(indices)
         return Batch(
             torch.stack([self._image(index) for index in indices]),
             self.labels[chosen],
-            torch.stack(
-                [self._drawn(index, nothing) if m is None else m for index, m in zip(indices, masks, strict=True)]
-            ),
+            torch.stack(masks),
             given,
             torch.tensor([sample.painted for sample in samples]),
             torch.tensor([sample.weight for sample in samples]),
@@ -119,22 +117,22 @@ class Pictures(Dataset[Batch]):
             self._images[index] = image
         return image
 
-    def _drawn(self, index: int, nothing: Tensor) -> Tensor:
-        mask = self.drawn.get(index, nothing)
-        if mask.shape == nothing.shape:
-            return mask
-        return F.interpolate(mask[None].float(), size=self.size, mode="bilinear", align_corners=False)[0].to(
-            torch.uint8
-        )
-
-    def mask_of(self, index: int) -> UInt8[Tensor, "1 h w"] | None:
-        """What a person marked, at the pictures' size."""
+    def _mask(self, index: int) -> Tensor | None:
         sample = self.samples[index]
         if not sample.masks:
             return None
         if index not in self._masks:
             self._masks[index] = resize_mask(self.shards.get(sample.masks, sample.id, sample.sha256), self.size)
         return self._masks[index]
+
+    def _drawn_mask(self, index: int) -> Tensor:
+        if index not in self.drawn:
+            return torch.zeros((1, *self.size), dtype=torch.uint8)
+        mask = self.drawn[index]  # of a large picture smaller than the picture
+        if mask.shape[1:] == self.size:
+            return mask
+        large = F.interpolate(mask[None].float(), size=self.size, mode="bilinear", align_corners=False)
+        return large[0].to(torch.uint8)
 
 
 def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:

@@ -119,8 +119,7 @@ def train(
         corrected = []
 
     if corrected and settings.corrections.recipe == "context" and settings.corrections.propagate_rate:
-        drawn, trust = annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
-        pictures.drawn, pictures.trust = drawn, trust
+        pictures.drawn, pictures.trust = annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(

@@ -99,7 +99,7 @@ class Finding:
     remedy: str
 
 
-def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 1800.0) -> list[State]:
+def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 180.0) -> list[State]:
     """Start every service that is not up, side by side, and wait until all of them answer.
 
     Fine when they are up already. Raises ValueError for a port that is taken, or with the last lines of its log for a

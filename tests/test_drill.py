@@ -21,7 +21,7 @@ from flows.workspace import Workspace, read_json, write_arrays
 from labeling.client import LabelStudio
 from labeling.tasks import verdict_results
 
-pytestmark = [pytest.mark.studio, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.studio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

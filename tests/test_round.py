@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # both read their settings when they are imported: first the 
 
 pytestmark = [
     pytest.mark.studio,
-    pytest.mark.timeout(3000),
+    pytest.mark.timeout(300),
     # The SDK exchanges the personal tokens of simulated labelers with a call that pydantic 2 has renamed.
     pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated"),
 ]

@@ -11,7 +11,7 @@ compile = $(UV) pip compile --quiet --universal --generate-hashes --python-versi
 	--custom-compile-command "make lock" $(UPGRADE) $(1) --output-file $(2)
 PROJECT := --group dev --extra cluster --extra pretrained pyproject.toml
 
-.PHONY: help setup demo test check lock clean postgres
+.PHONY: help setup demo test check lock clean system
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +27,7 @@ setup: .venv/installed $(STUDIO)/installed
 demo: setup
 	.venv/bin/abnloop demo $(ARGS)
 
-test: setup postgres
+test: setup system
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/pytest -q --durations=15 $(ARGS)
 
 check: setup
@@ -41,12 +41,14 @@ check: setup
 	@$(call in_step,requirements.lock,.venv)
 	@$(call in_step,requirements-label-studio.lock,$(STUDIO))
 
-# The database of the tests, which start a server of their own. Only root may install it.
-postgres:
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { test "$$(id -u)" = 0 \
-		&& command -v apt-get >/dev/null && apt-get update -qq \
-		&& apt-get install -qq --no-install-recommends postgresql >/dev/null; } \
-		|| { echo "the tests of PostgreSQL need it; install it, such as with: sudo apt-get install postgresql"; exit 1; }
+# What the tests need of the system, a PostgreSQL server's program and a browser. Only root may install it.
+system:
+	@$(call need,postgresql,ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null)
+	@$(call need,chromium fonts-noto-cjk,command -v chromium >/dev/null)
+
+need = { $(2); } || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	&& apt-get install -qq --no-install-recommends $(1) >/dev/null; } \
+	|| { echo "the tests need $(1); install it, such as with: sudo apt-get install $(1)"; exit 1; }
 
 # Comments and hashes may differ: uv words its comments, and a registry gains files of a version it already has.
 in_step = diff -I '^ *\#' -I '^ *--hash=' $(1) $(2)/$(1) || { echo "$(1) is out of step; run make lock"; exit 1; }

@@ -63,6 +63,7 @@ OPENING = {
     "predict": "",
     "evaluate": "",
     "select": "",
+    "weigh": "flows.rounds.weigh",
     "upload": "flows.tracking.Tracker.log_files",
     "register": "flows.tracking.Tracker.register",
     "alias": "flows.tracking.Tracker.promote",

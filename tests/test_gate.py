@@ -12,7 +12,7 @@ from PIL import Image
 
 from abn.manifest import Sample
 from abn.model import ABN, save_model
-from flows.gate import COMPARISON_COLUMNS, Comparison, Criterion, GateConfig, Judgement, View, compare, judge
+from flows.gate import COMPARISON_COLUMNS, ELSEWHERE, Comparison, Criterion, GateConfig, Judgement, View, compare, judge
 from tiny import ROWS, SIZE, Row, make_workspace, tiny_settings, write_params
 
 CONFIG = GateConfig(
@@ -33,13 +33,14 @@ def compared(
     def view(right: tuple[int, int], model: int) -> View:
         answers = [label if kind in right else "else" for label, kind in kinds]
         of_all = np.ones(len(kinds))
-        return View(answers, inside[model] * of_all, reliance[model] * of_all, np.zeros((len(kinds), 2, 2)))
+        return View(answers, answers, inside[model] * of_all, reliance[model] * of_all, np.zeros((len(kinds), 2, 2)))
 
     return Comparison(samples, view((0, 1), 0), view((0, 2), 1))
 
 
 def criterion(judgement: Judgement, name: str) -> Criterion:
-    (found,) = [one for one in judgement.criteria if one.name == name]
+    """By its name, wherever it was measured."""
+    (found,) = [one for one in judgement.criteria if one.name.removesuffix(ELSEWHERE) == name]
     return found
 
 
@@ -47,7 +48,7 @@ def test_a_model_is_not_worse_than_itself() -> None:
     judgement = judge(compared((20, 0, 0, 4), (20, 0, 0, 5)), CONFIG)
     assert judgement.promoted
     assert judgement.reason == (
-        "accuracy 0.816 -> 0.816; worst class accuracy 0.800 -> 0.800; "
+        "accuracy in other context 0.816 -> 0.816; worst class accuracy in other context 0.800 -> 0.800; "
         "attention inside mask 0.700 -> 0.700; context reliance 0.300 -> 0.300"
     )
 
@@ -76,10 +77,22 @@ def test_a_larger_tolerance_lets_more_be_lost() -> None:
     assert judge(worse, lenient).promoted
 
 
+def test_who_unlearns_the_shortcut_is_not_refused_for_being_right_less_often() -> None:
+    """As they are, the pictures carry the champion's shortcut; in another context only the challenger is right."""
+    truth = ["class0"] * 20 + ["class1"] * 20
+    wrong = ["class1"] * 20 + ["class0"] * 20
+    samples = [Sample(f"val{i}", "", label, "val") for i, label in enumerate(truth)]
+    of_all, maps = np.full(40, 0.5), np.zeros((40, 2, 2))
+    champion = View(truth, wrong, of_all, of_all, maps)
+    challenger = View(truth[:18] + wrong[18:22] + truth[22:], truth[:16] + wrong[16:24] + truth[24:], of_all, of_all, maps)
+    assert judge(Comparison(samples, champion, challenger), CONFIG).promoted
+    assert not judge(Comparison(samples, challenger, champion), CONFIG).promoted
+
+
 def test_a_class_that_is_given_up_is_seen_behind_a_better_accuracy() -> None:
     judgement = judge(compared((400, 0, 80, 20), (25, 15, 0, 10)), CONFIG)
     assert not judgement.promoted and criterion(judgement, "accuracy").passed
-    assert judgement.reason.startswith("worst class accuracy 0.800 -> 0.500 (") and ";" not in judgement.reason
+    assert judgement.reason.startswith("worst class accuracy in other context 0.800 -> 0.500 (") and ";" not in judgement.reason
 
 
 @pytest.mark.parametrize(
@@ -102,15 +115,15 @@ def test_every_fault_is_named_and_nothing_else() -> None:
     judgement = judge(compared((10, 10, 0, 0), (20, 0, 0, 0), inside=(0.7, 0.1), reliance=(0.3, 0.3)), CONFIG)
     faults = judgement.reason.split("; ")
     assert [fault.split(" 0.")[0].split(" 1.")[0] for fault in faults] == [
-        "accuracy",
-        "worst class accuracy",
+        "accuracy in other context",
+        "worst class accuracy in other context",
         "attention inside mask",
     ]
     assert "1.000 -> 0.750 (" in faults[0] and "at best with 90% confidence, may lose 0.0)" in faults[0]
 
 
 def test_maps_are_judged_only_where_both_were_measured() -> None:
-    without = compared((10, 0, 0, 0), inside=(np.nan, 0.0), reliance=(0.3, np.nan))
+    without = compared((10, 0, 0, 0), inside=(np.nan, 0.0), reliance=(np.nan, 0.3))
     assert [one.name for one in judge(without, CONFIG).criteria] == ["accuracy", "worst_class_accuracy"]
     half = compared((10, 0, 0, 0), inside=(0.7, 0.0))
     half.champion.attention_inside_mask[5:] = np.nan
@@ -202,7 +215,7 @@ def test_a_comparison_has_a_row_a_picture(tmp_path: Path, pair: tuple[Path, Path
     rows = both.rows()
     assert [row["sample"] for row in rows] == ["val0", "val1", "val2", "val3"]
     assert all(set(row) == set(COMPARISON_COLUMNS) for row in rows)
-    assert all(0 <= float(row[name]) <= 1 for row in rows for name in COMPARISON_COLUMNS[4:])
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in COMPARISON_COLUMNS[6:])
     assert not np.array_equal(both.champion.maps, both.challenger.maps)
 
 

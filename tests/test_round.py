@@ -1001,7 +1001,8 @@ def test_the_gate_shows_both_models_on_the_same_pictures(place: Workspace, secon
     assert {row["sample"] for row in read_csv(place.round(2).comparison)} == val
     assert read_csv(place.round(1).comparison) == []
     names = [one["name"] for one in place.round(2).read()["verdict"]["criteria"]]
-    assert names == ["accuracy", "worst_class_accuracy", "attention_inside_mask", "context_reliance"]
+    accuracies = ["accuracy_in_other_context", "worst_class_accuracy_in_other_context"]
+    assert names == [*accuracies, "attention_inside_mask", "context_reliance"]
 
 
 def test_the_model_is_linked_to_what_judged_it(place: Workspace, second: Second) -> None:

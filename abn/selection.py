@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -214,7 +214,8 @@ def select(
     shuffled = np.random.default_rng(config.seed).permutation(len(score)).tolist()
     random_pictures = round(share * config.budget)
     at_random = _fill(shuffled[:random_pictures], pool.minutes, share * minutes if share else 0.0)
-    best_first = [i for i in np.argsort(-score, kind="stable").tolist() if i not in set(at_random)]
+    asked = set(at_random)
+    best_first = [i for i in np.argsort(-score, kind="stable").tolist() if i not in asked]
     rest = minutes - float(pool.minutes[at_random].sum())
     by_score = _fill(best_first[: config.budget - random_pictures], pool.minutes, rest)
     if not at_random + by_score:
@@ -316,7 +317,9 @@ def main() -> None:
     labels, splits = align(samples, predictions, classes)
     told = read_told(predictions, read_corrections(Path()))
     candidates = np.flatnonzero(np.isin(splits, ("train", "pool")) & ~told.answered).tolist()
-    picks = select(predictions, labels, candidates, classes, config, told)
+    if told.answered.any() and candidates:  # the pool runs out one day; only the first budget can be a mistake
+        config = replace(config, budget=min(config.budget, len(candidates)))
+    picks = select(predictions, labels, candidates, classes, config, told) if candidates else []
     with replacing(ROUND.results / "batch.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Pick._fields)

@@ -157,10 +157,11 @@ def judge(comparison: Comparison, config: GateConfig) -> Judgement:
 
 
 def _accuracies(truth: np.ndarray, right: np.ndarray, config: GateConfig, where: str) -> list[Criterion]:
-    """Accuracy and worst class accuracy, `where` they are measured after their names, by a paired bootstrap within the classes (Efron and Tibshirani, 1993).
+    """Accuracy and worst class accuracy by a paired bootstrap within the classes (Efron and Tibshirani, 1993).
 
-    `right` is (2, n): champion, challenger. Drawing n pictures with replacement is a multinomial draw of the four
-    kinds of pictures (both right, one of them, neither), so the cost does not grow with the set.
+    `right` is (2, n): champion, challenger; `where` they were is added to the names. Drawing n pictures with
+    replacement is a multinomial draw of the four kinds of pictures (both right, one of them, neither), so the cost does
+    not grow with the set.
     """
     generator = np.random.default_rng(config.seed)
     sizes, counted, resampled = [], [], []  # of each class: its pictures; right answers (2,), (2, resamples)

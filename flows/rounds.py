@@ -282,12 +282,11 @@ def check_before_opening(place: Workspace) -> bool:
     for name, section in SECTIONS.items():
         load_section(section, place.params, name)
     config = load_section(SelectionConfig, place.params, "selection")
-    samples, answered = read_manifest(place.root), read_corrections(place.root)
-    class_names(samples)
-    pool = [sample for sample in samples if sample.split in ("train", "pool") and sample.id not in answered]
-    if config.budget > len(pool):
+    class_names(read_manifest(place.root))
+    pool = len(_unanswered(place))
+    if config.budget > pool and not read_corrections(place.root):
         raise ValueError(
-            f"selection.budget is {config.budget} but the pool holds {len(pool)} images; lower it in params.yaml"
+            f"selection.budget is {config.budget} but the pool holds {pool} images; lower it in params.yaml"
         )
     interrupted = f"|{place.relative(latest.folder)}/.*" if latest and state == "begun" else ""
     ours = re.compile(rf"dvc\.lock|results/.*|models/.*{interrupted}")
@@ -734,8 +733,16 @@ def _opened(place: Workspace, new: bool) -> Opened:
     return Opened(round_.number, new, tasks, state["promoted"], state["gate"], state.get("stopped", ""))
 
 
+def _unanswered(place: Workspace) -> list[Sample]:
+    """Whom labelers can be asked about."""
+    answered = read_corrections(place.root)
+    return [one for one in read_manifest(place.root) if one.split in ("train", "pool") and one.id not in answered]
+
+
 def _stopped(place: Workspace) -> str:
     """Why the labelers should not be asked any more, or an empty text."""
+    if not _unanswered(place):
+        return "every picture of the pool is answered; `abnloop ingest` brings new ones"
     return reason_to_stop([one.read() for one in place.rounds()], load_section(StopConfig, place.params, "stop"))
 
 

@@ -84,7 +84,9 @@ def test_who_unlearns_the_shortcut_is_not_refused_for_being_right_less_often() -
     samples = [Sample(f"val{i}", "", label, "val") for i, label in enumerate(truth)]
     of_all, maps = np.full(40, 0.5), np.zeros((40, 2, 2))
     champion = View(truth, wrong, of_all, of_all, maps)
-    challenger = View(truth[:18] + wrong[18:22] + truth[22:], truth[:16] + wrong[16:24] + truth[24:], of_all, of_all, maps)
+    challenger = View(
+        truth[:18] + wrong[18:22] + truth[22:], truth[:16] + wrong[16:24] + truth[24:], of_all, of_all, maps
+    )
     assert judge(Comparison(samples, champion, challenger), CONFIG).promoted
     assert not judge(Comparison(samples, challenger, champion), CONFIG).promoted
 
@@ -92,7 +94,10 @@ def test_who_unlearns_the_shortcut_is_not_refused_for_being_right_less_often() -
 def test_a_class_that_is_given_up_is_seen_behind_a_better_accuracy() -> None:
     judgement = judge(compared((400, 0, 80, 20), (25, 15, 0, 10)), CONFIG)
     assert not judgement.promoted and criterion(judgement, "accuracy").passed
-    assert judgement.reason.startswith("worst class accuracy in other context 0.800 -> 0.500 (") and ";" not in judgement.reason
+    assert (
+        judgement.reason.startswith("worst class accuracy in other context 0.800 -> 0.500 (")
+        and ";" not in judgement.reason
+    )
 
 
 @pytest.mark.parametrize(

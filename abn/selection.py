@@ -321,7 +321,7 @@ def main() -> None:
         config = replace(config, budget=min(config.budget, len(candidates)))
     picks = select(predictions, labels, candidates, classes, config, told) if candidates else []
     with replacing(ROUND.results / "batch.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Pick._fields)
         for pick in picks:
             writer.writerow(

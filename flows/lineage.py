@@ -162,14 +162,16 @@ def learned_withdrawn(place: Workspace, round_: Round) -> bool:
 
 def statements(place: Workspace, rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """The single annotations behind rows of data/corrections.csv: several people may have answered a sample, and then
-    the table of the round that collected them says what each gave."""
+    the table of the round that collected them says what each gave, as it was then."""
     given = {
-        (one["annotation"], one["sample"]): one for round_ in place.rounds() for one in read_table(round_.corrections)
+        (round_.number, one["annotation"], one["sample"]): one
+        for round_ in place.rounds()
+        for one in read_table(round_.corrections)
     }
     found = []
     for row in rows:
         for number, labeler in zip(row["annotation"].split(" "), row["labeler"].split(" "), strict=True):
-            single = {**row, **given.get((number, row["sample"]), {})}
+            single = {**row, **given.get((int(row["round"]), number, row["sample"]), {})}
             found.append(
                 {
                     "id": int(number),

@@ -13,12 +13,13 @@ from typing import Any
 
 import prefect
 import yaml
-from prefect.automations import Automation
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger, EventTrigger, Posture
 from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.templating import apply_values
 
@@ -35,13 +36,17 @@ FREES_DEAD_RUNS = "abnloop: runs without a heartbeat have crashed"
 @dataclass(frozen=True)
 class FlowsConfig:
     retrain_cron: str
-    collect_minutes: float
+    collect_cron: str  # of taking in captured pictures, too
     work_pool: str
     gpu_concurrency: int
 
     def __post_init__(self) -> None:
-        if self.collect_minutes <= 0:
-            raise ValueError(f"flows.collect_minutes is {self.collect_minutes}; it must be above 0")
+        for name in ("retrain_cron", "collect_cron"):
+            try:
+                CronSchedule(cron=getattr(self, name))
+            except ValueError:
+                value, order = getattr(self, name), "minute, hour, day, month, weekday"
+                raise ValueError(f"flows.{name} is {value!r}; write {order}, such as '0 2 * * *'") from None
         if self.gpu_concurrency < 1:
             raise ValueError(f"flows.gpu_concurrency is {self.gpu_concurrency}; it must be at least 1")
 
@@ -91,7 +96,7 @@ def prepare(workspace: str | Path = ".") -> dict[str, Any]:
         "workspace": str(place.root),
         "resource": resource(place),
         "retrain_cron": config.retrain_cron,
-        "collect_seconds": config.collect_minutes * 60,
+        "collect_cron": config.collect_cron,
     }
 
 
@@ -106,7 +111,7 @@ def _deployment(spec: dict[str, Any]) -> RunnerDeployment:
 
 def _free_dead_runs() -> None:
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-    wanted = Automation(
+    wanted = AutomationCore(
         name=FREES_DEAD_RUNS,
         trigger=EventTrigger(
             after={HEARTBEAT},

@@ -121,6 +121,20 @@ def test_a_loop_that_spent_its_minutes_learns_once_more_and_asks_nobody(drill: D
     assert place.round(2).read()["corrections"] == drills.BUDGET, "the last answers were learned from"
 
 
+def test_the_last_batch_is_what_is_left_and_then_nobody_is_asked(drill: Drill, undisturbed: Undisturbed) -> None:
+    place = drill.copy(undisturbed.place, rename=False)
+    left = 24 - drills.BUDGET
+    change_settings(place.params, {"selection.budget": left + 1})
+    Git(place.root).commit(["params.yaml"], "More than there is")
+    opened, *_, again, closed, idle = (
+        drill.run(place, flow) for flow in ("open", "simulate", "collect", "open", "collect", "open")
+    )
+    assert f"round 2: {left} tasks wait in Label Studio" in opened.said
+    assert "round 3: asks nobody: every picture of the pool is answered" in again.said
+    assert again.outcome["runs"]["train"] == 1 and "round 3 is closed with 0 corrections" in closed.said
+    assert idle.said == "every picture of the pool is answered; `abnloop ingest` brings new ones"
+
+
 # --- reconcile
 
 

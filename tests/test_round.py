@@ -68,7 +68,7 @@ SETTINGS = {
     "train.batch_size": 32,
     "selection.budget": BUDGET,
     "flows.retrain_cron": "30 4 1 1 *",
-    "flows.collect_minutes": 7,
+    "flows.collect_cron": "*/7 * * * *",
     **{f"services.{name}_port": 0 for name in ("label_studio", "prefect", "mlflow", "live")},
 }
 
@@ -79,7 +79,7 @@ class Killed(BaseException):
 
 def snapshot(place: Workspace) -> dict[str, str]:
     """Every file that git or DVC keeps with the hash of its content, and git's HEAD."""
-    hidden = {".git", ".dvc", ".abnloop", "__pycache__", "heatmaps"}
+    hidden = {".git", ".dvc", ".abnloop", "__pycache__", "heatmaps", "comparison.png"}
     scratch = tuple(f"results/control/{name}/" for name in ("predictions", "plots"))  # on the way to its metrics
     files = [path for path in place.root.rglob("*") if path.is_file()]
     kept = [path for path in files if not hidden & set(path.relative_to(place.root).parts)]
@@ -1161,7 +1161,7 @@ def test_serving_puts_both_flows_on_their_schedule(place: Workspace, second: Sec
             assert made, "no deployments"
             retrain, collect = made["retrain"], made["collect"]
             assert [one.schedule.cron for one in retrain.schedules] == ["30 4 1 1 *"]
-            assert [one.schedule.interval.total_seconds() for one in collect.schedules] == [7 * 60]
+            assert [one.schedule.cron for one in collect.schedules] == ["*/7 * * * *"]
             assert retrain.parameters == collect.parameters == {"workspace": str(place.root)}
             run = run_deployment("collect-round/collect", timeout=60, poll_interval=0.5)
             assert isinstance(run, FlowRun) and run.state and run.state.is_completed(), run
@@ -1230,6 +1230,16 @@ def test_a_work_pool_that_does_not_exist_is_refused(place: Workspace, second: Se
     change_settings(other.params, {"flows.work_pool": "nobody"})
     with pytest.raises(ValueError, match=r"flows\.work_pool is nobody.*prefect work-pool create"):
         serve(other)
+
+
+@pytest.mark.parametrize("name", ["retrain_cron", "collect_cron"])
+def test_a_schedule_that_is_none_is_refused(name: str) -> None:
+    from flows.serve import FlowsConfig
+
+    good = {"retrain_cron": "0 2 * * *", "collect_cron": "*/5 * * * *", "work_pool": "none", "gpu_concurrency": 1}
+    FlowsConfig(**good)
+    with pytest.raises(ValueError, match=rf"flows\.{name} is 'at night'; write minute, hour, day, month, weekday"):
+        FlowsConfig(**{**good, name: "at night"})
 
 
 def git(place: Workspace, *words: str) -> str:

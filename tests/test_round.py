@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -1236,10 +1236,9 @@ def test_a_work_pool_that_does_not_exist_is_refused(place: Workspace, second: Se
 def test_a_schedule_that_is_none_is_refused(name: str) -> None:
     from flows.serve import FlowsConfig
 
-    good = {"retrain_cron": "0 2 * * *", "collect_cron": "*/5 * * * *", "work_pool": "none", "gpu_concurrency": 1}
-    FlowsConfig(**good)
+    good = FlowsConfig(retrain_cron="0 2 * * *", collect_cron="*/5 * * * *", work_pool="none", gpu_concurrency=1)
     with pytest.raises(ValueError, match=rf"flows\.{name} is 'at night'; write minute, hour, day, month, weekday"):
-        FlowsConfig(**{**good, name: "at night"})
+        replace(good, **{name: "at night"})  # type: ignore[arg-type]
 
 
 def git(place: Workspace, *words: str) -> str:

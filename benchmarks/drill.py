@@ -128,6 +128,7 @@ def runner(workspace: str) -> None:
     services.connect(open_workspace(workspace))
     importlib.import_module("flows.rounds")
     importlib.import_module("mlflow.pyfunc")
+    print("ready", flush=True)
     for line in sys.stdin:
         flow, root, log, events = json.loads(line)
         pid = os.fork()
@@ -148,7 +149,7 @@ def runner(workspace: str) -> None:
 
 
 def _run(flow: str, place: Workspace, events: Sequence[Event]) -> None:
-    """Run a flow as the schedule would, the simulated labelers or reconcile; print what there is then as JSON."""
+    """Run a flow as the schedule would, simulated labelers or reconcile; print what there is then as JSON."""
     rounds = importlib.import_module("flows.rounds")
     for event in events:
         _arm(event)
@@ -157,6 +158,9 @@ def _run(flow: str, place: Workspace, events: Sequence[Event]) -> None:
     elif flow.startswith("reconcile"):
         found = importlib.import_module("flows.reconcile").reconcile(place, fix=flow.endswith("--fix"))
         said = json.dumps([[one.where, one.what, one.mended] for one in found])
+    elif flow == "ingest":
+        growing = importlib.import_module("flows.growing")
+        said = growing.in_words(growing.ingest_flow(str(place.root)))
     else:
         said = str(getattr(rounds, f"{flow}_round")(str(place.root)))
     services.disconnect()
@@ -338,14 +342,19 @@ class Drill:
 
     def start(self, place: Workspace, flow: str, *events: Event, number: int = 0) -> tuple[int, Path]:
         """Let a runner begin; there are as many as run side by side."""
-        while len(self.runners) <= number:
-            self.runners.append(self._runner())
+        self.ready(number + 1)
         log, happens = place.root.with_suffix(f".{number}.log"), [[one.when, one.point, one.what] for one in events]
         asked = self.runners[number].stdin
         assert asked is not None
         asked.write(json.dumps([flow, str(place.root), str(log), happens]) + "\n")
         asked.flush()
         return number, log
+
+    def ready(self, count: int) -> None:
+        """Wait until so many runners have imported what they need."""
+        while len(self.runners) < count:
+            self.runners.append(one := self._runner())
+            assert one.stdout and one.stdout.readline() == "ready\n"
 
     def end(self, started: tuple[int, Path]) -> Ended:
         number, log = started
@@ -571,6 +580,7 @@ def remote_is_out_of_reach(drill: Drill, wanted: Mapping[str, Any], copy: Place)
 def two_at_once(drill: Drill, wanted: Mapping[str, Any]) -> Case:
     place, began = drill.trained(), time.monotonic()
     case = Case("open", "two loops on one workspace")
+    drill.ready(2)
     ended = [drill.end(one) for one in [drill.start(place, "open", number=number) for number in (0, 1)]]
     case.seen = sorted((_words(one) for one in ended), key=lambda said: "in use" in said)
     drill.judge(case, ended[0].outcome if "in use" not in ended[0].said else ended[1].outcome, wanted)

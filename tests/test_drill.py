@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -11,15 +12,19 @@ from functools import partial
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
+from abn.manifest import read_manifest
 from benchmarks import drill as drills
 from benchmarks.drill import Case, Drill, Undisturbed
 from flows import services
+from flows.answering import Answer, Picture, read_picture
+from flows.inbox import open_inbox
 from flows.ingest import change_settings
 from flows.versions import Dvc, Git
 from flows.workspace import Workspace, read_json, write_arrays
 from labeling.client import LabelStudio
-from labeling.tasks import verdict_results
+from labeling.tasks import mask_result, verdict_results
 
 pytestmark = [pytest.mark.studio, pytest.mark.timeout(300)]
 
@@ -59,7 +64,7 @@ def test_an_undisturbed_round_is_whole(undisturbed: Undisturbed) -> None:
 
 @pytest.mark.parametrize(
     ("when", "point"),
-    [("during", "control"), ("after", "register"), ("after", "push half a batch"), ("before", "commit")],
+    [("during", "control"), ("after", "register"), ("before", "commit")],
 )
 def test_opening_that_is_killed_comes_to_the_same_end(
     drill: Drill, undisturbed: Undisturbed, when: str, point: str
@@ -69,7 +74,7 @@ def test_opening_that_is_killed_comes_to_the_same_end(
     check(case)
 
 
-@pytest.mark.parametrize(("when", "point"), [("after", "write masks"), ("after", "dvc add"), ("before", "tag")])
+@pytest.mark.parametrize(("when", "point"), [("after", "write masks"), ("before", "tag")])
 def test_collecting_that_is_killed_comes_to_the_same_end(
     drill: Drill, undisturbed: Undisturbed, answered: Callable[[], Workspace], when: str, point: str
 ) -> None:
@@ -104,37 +109,6 @@ def test_of_two_loops_on_one_workspace_the_second_ends_at_once(drill: Drill, und
     assert "is in use by `abnloop round open`" in case.seen[1]
 
 
-# --- the end
-
-
-def test_a_loop_that_spent_its_minutes_learns_once_more_and_asks_nobody(drill: Drill, undisturbed: Undisturbed) -> None:
-    place = drill.copy(undisturbed.place, rename=False)
-    change_settings(place.params, {"stop.minutes": 0.01})
-    Git(place.root).commit(["params.yaml"], "Enough")
-    opened, closed, idle = (drill.run(place, flow) for flow in ("open", "collect", "open"))
-    spent = r"labelers spent \d\.\d minutes, of 0\.01 that they have \(stop\.minutes\)"
-    assert re.search(f"round 2: asks nobody: {spent}", opened.said)
-    assert opened.outcome["runs"]["train"] == 1 and opened.outcome["tasks in Label Studio"] == {}
-    assert "round 2 is closed with 0 corrections" in closed.said
-    assert re.fullmatch(spent, idle.said)
-    assert idle.outcome["tags"] == ["round/0001", "round/0002"] and not idle.outcome["not committed"]
-    assert place.round(2).read()["corrections"] == drills.BUDGET, "the last answers were learned from"
-
-
-def test_the_last_batch_is_what_is_left_and_then_nobody_is_asked(drill: Drill, undisturbed: Undisturbed) -> None:
-    place = drill.copy(undisturbed.place, rename=False)
-    left = 24 - drills.BUDGET
-    change_settings(place.params, {"selection.budget": left + 1})
-    Git(place.root).commit(["params.yaml"], "More than there is")
-    opened, *_, again, closed, idle = (
-        drill.run(place, flow) for flow in ("open", "simulate", "collect", "open", "collect", "open")
-    )
-    assert f"round 2: {left} tasks wait in Label Studio" in opened.said
-    assert "round 3: asks nobody: every picture of the pool is answered" in again.said
-    assert again.outcome["runs"]["train"] == 1 and "round 3 is closed with 0 corrections" in closed.said
-    assert idle.said == "every picture of the pool is answered; `abnloop ingest` brings new ones"
-
-
 # --- reconcile
 
 
@@ -158,7 +132,7 @@ def damaged(drill: Drill, undisturbed: Undisturbed) -> Workspace:
     httpx.request(
         "DELETE",
         f"{known.mlflow}/api/2.0/mlflow/registered-models/alias",
-        params={"name": drills.place_name(place), "alias": "champion"},
+        json={"name": drills.place_name(place), "alias": "champion"},
         trust_env=False,
     ).raise_for_status()
     return place
@@ -192,3 +166,54 @@ def test_every_difference_is_told_and_what_is_safe_is_mended(drill: Drill, damag
         (what,) = [what for _, what, _ in told if re.fullmatch(pattern, what)]
         assert fixed[what] is safe and (what in left) is not safe, what
     assert left == {what for what, mended in fixed.items() if not mended}
+
+
+# --- the end
+
+
+def test_a_loop_that_spent_its_minutes_learns_once_more_and_asks_nobody(drill: Drill, undisturbed: Undisturbed) -> None:
+    place = drill.copy(undisturbed.place, rename=False)
+    change_settings(place.params, {"stop.minutes": 1})
+    Git(place.root).commit(["params.yaml"], "Enough")
+    opened, closed, idle = (drill.run(place, flow) for flow in ("open", "collect", "open"))
+    spent = r"labelers spent \d\.\d minutes, of 1 that they have \(stop\.minutes\)"
+    assert re.search(f"round 2: asks nobody: {spent}", opened.said)
+    assert opened.outcome["runs"]["train"] == 1 and opened.outcome["tasks in Label Studio"] == {}
+    assert "round 2 is closed with 0 corrections" in closed.said
+    assert re.fullmatch(spent, idle.said)
+    assert idle.outcome["tags"] == ["round/0001", "round/0002"] and not idle.outcome["not committed"]
+    assert place.round(2).read()["corrections"] == drills.BUDGET, "the last answers were learned from"
+
+
+def test_the_pool_grows_by_what_was_captured_and_is_asked_until_nothing_is_left(
+    drill: Drill, undisturbed: Undisturbed
+) -> None:
+    place = drill.copy(undisturbed.place, rename=False)
+    left = 24 - drills.BUDGET + 1
+    change_settings(place.params, {"selection.budget": left + 1})
+    Git(place.root).commit(["params.yaml"], "More than there is")
+    content = io.BytesIO()
+    Image.fromarray(np.full((16, 16, 3), (9, 90, 200), np.uint8)).save(content, "PNG")
+    seen = read_picture("blue.png", content.getvalue(), (16, 16))
+    assert isinstance(seen, Picture)
+    unsure = Answer({"light": 0.55, "dark": 0.45}, 0.2, np.zeros((4, 4), np.float32))
+    assert open_inbox(place).keep(seen, unsure, "v1", "low confidence (55%)")
+
+    assert drill.run(place, "ingest").said == "1 captured pictures joined the pool, 0 were left out"
+    assert f"round 2: {left} tasks wait in Label Studio" in drill.run(place, "open").said
+    known, asked = services.addresses(place), read_json(place.round(2).tasks)["tasks"]
+    studio = LabelStudio(known.label_studio, known.label_studio_token)
+    (captured,) = set(asked) - {one.id for one in read_manifest(undisturbed.place.root)}
+    assert studio.task(asked[captured])["data"]["asked_because"].startswith("no label yet: answers ")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 4:9] = 255
+    said = [mask_result(mask, "bitmask"), *verdict_results("label_wrong", "dark")]
+    studio.annotate(asked[captured], said, 20.0)
+    drill.run(place, "simulate")
+    assert f"round 2 is closed with {left} corrections" in drill.run(place, "collect").said
+    assert {one.id: one.label for one in read_manifest(place.root)}[captured] == "dark"
+
+    again, closed, idle = (drill.run(place, flow) for flow in ("open", "collect", "open"))
+    assert "round 3: asks nobody: every picture of the pool is answered" in again.said
+    assert again.outcome["runs"]["train"] == 1 and "round 3 is closed with 0 corrections" in closed.said
+    assert idle.said == "every picture of the pool is answered; `abnloop ingest` brings new ones"

@@ -240,7 +240,8 @@ def outcome(place: Workspace) -> dict[str, Any]:
     from flows import rounds
 
     round_, git = place.latest(), Git(place.root)
-    assert round_ is not None
+    if round_ is None:  # it ended before it began
+        return {}
     state, studio, tracker = round_.read(), rounds.label_studio(place), rounds.tracker_of(place)
     lock = yaml.safe_load((place.root / "dvc.lock").read_text())["stages"] if state.get("promoted") is not None else {}
     outs = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}

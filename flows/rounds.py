@@ -428,7 +428,7 @@ def decide(place: Workspace, round_: Round) -> None:
     tracker.log_files(runs["round"], {"corrections.csv": place.corrections, **lineage})
     tracker.log_files(runs["select"], {"batch.csv": place.batch})
     if verdict["promoted"]:
-        tracker.promote(version)
+        tracker.promote(str(version.version))
         shutil.copyfile(place.model, place.champion)
         Dvc(place.root).add([place.relative(place.champion)])
         named = {"round": round_.number, "model_version": known["model_version"], "md5": hashes["results/model.pt"]}

@@ -172,9 +172,9 @@ class Tracker:
                 logged.model_uri, self.name, tags={key: str(value) for key, value in tags.items()}
             )
 
-    def promote(self, version: ModelVersion) -> None:
-        """Give `version` the alias champion."""
-        self._call(self.client.set_registered_model_alias, self.name, CHAMPION, str(version.version))
+    def promote(self, version: str) -> None:
+        """Give the version of this number the alias champion."""
+        self._call(self.client.set_registered_model_alias, self.name, CHAMPION, version)
 
     def describe_version(self, version: ModelVersion, tags: Mapping[str, Any], text: str) -> None:
         """Tags and, in Markdown, what a reviewer reads of a version."""

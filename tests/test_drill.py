@@ -113,9 +113,11 @@ def test_of_two_loops_on_one_workspace_the_second_ends_at_once(drill: Drill, und
 
 
 @pytest.fixture(scope="module")
-def damaged(drill: Drill, undisturbed: Undisturbed) -> Workspace:
+def damaged(drill: Drill) -> Workspace:
     """A closed round, with something wrong in each of the four places."""
-    place = drill.copy(undisturbed.place, rename=False)
+    place = drill.trained()
+    for flow in ("open", "simulate", "collect"):
+        drill.run(place, flow)
     known, round_ = services.addresses(place), place.round(1)
     studio, asked = LabelStudio(known.label_studio, known.label_studio_token), read_json(round_.tasks)
     sample, *_, other = sorted(asked["tasks"])
@@ -169,20 +171,6 @@ def test_every_difference_is_told_and_what_is_safe_is_mended(drill: Drill, damag
 
 
 # --- the end
-
-
-def test_a_loop_that_spent_its_minutes_learns_once_more_and_asks_nobody(drill: Drill, undisturbed: Undisturbed) -> None:
-    place = drill.copy(undisturbed.place, rename=False)
-    change_settings(place.params, {"stop.minutes": 1})
-    Git(place.root).commit(["params.yaml"], "Enough")
-    opened, closed, idle = (drill.run(place, flow) for flow in ("open", "collect", "open"))
-    spent = r"labelers spent \d\.\d minutes, of 1 that they have \(stop\.minutes\)"
-    assert re.search(f"round 2: asks nobody: {spent}", opened.said)
-    assert opened.outcome["runs"]["train"] == 1 and opened.outcome["tasks in Label Studio"] == {}
-    assert "round 2 is closed with 0 corrections" in closed.said
-    assert re.fullmatch(spent, idle.said)
-    assert idle.outcome["tags"] == ["round/0001", "round/0002"] and not idle.outcome["not committed"]
-    assert place.round(2).read()["corrections"] == drills.BUDGET, "the last answers were learned from"
 
 
 def test_the_pool_grows_by_what_was_captured_and_is_asked_until_nothing_is_left(

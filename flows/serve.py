@@ -68,8 +68,9 @@ def serve(place: Workspace) -> None:
                 f"flows.work_pool is {pool}, which does not exist; "
                 f"make it with `prefect work-pool create --type process {pool}`"
             ) from None
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--pool", pool]
-    done = subprocess.run(command, cwd=place.root, env=dict(os.environ), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    known = {**os.environ, "PREFECT_DEFAULT_WORK_POOL_NAME": pool}  # of several deployments, --pool is ignored
+    done = subprocess.run(command, cwd=place.root, env=known, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"prefect deploy failed: {' '.join((done.stderr or done.stdout).split()[-40:])}")
 

@@ -1172,7 +1172,7 @@ def test_serving_puts_both_flows_on_their_schedule(place: Workspace, second: Sec
             assert eventually(lambda: early_runs(collect.id, run.id), 90), "the hint made no run"
         finally:
             os.killpg(process.pid, signal.SIGINT)
-            said, _ = process.communicate(timeout=30)
+            said, _ = process.communicate(timeout=90)
     assert "Traceback" not in said
     with get_client(sync_client=True) as client:
         assert client.read_global_concurrency_limit_by_name("abnloop-gpu").limit == 1

@@ -11,56 +11,79 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from abn.predictions import Predictions
+from abn.predictions import Answers
 
 NEIGHBOURS = 20
 WORTH = 10.0  # verdicts that the signals count like
 
 
-def directions(embeddings: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Embeddings seen from their mean, each of length 1, so that distances (0..2) know no scale."""
-    centred = embeddings.astype(np.float64) - embeddings.mean(axis=0, dtype=np.float64)
-    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+class Doubt:
+    """Of any samples, by what is seen in a `reference`: the whole pool, or a random part of one that is too large.
+
+    `told` are samples about whose maps people have spoken, `verdicts` what they said: 1 the map is wrong, 0 it is fine.
+    """
+
+    def __init__(
+        self, reference: Answers, told: Answers | None = None, verdicts: Float[np.ndarray, "v"] | None = None
+    ) -> None:
+        self.reference = reference
+        self.centre = reference.embeddings.mean(axis=0, dtype=np.float64)
+        self.loud = (reference.margin_reliance.astype(np.float64) ** 2 + self.early_rank(reference) ** 2) / 2
+        count = min(NEIGHBOURS, len(reference))
+        self.near = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(self.directions(reference))
+        self.regression: LogisticRegression | None = None
+        if told is not None and verdicts is not None and len(told):
+            self._learn(told, verdicts)
+
+    def directions(self, answers: Answers) -> Float[np.ndarray, "n d"]:
+        """Embeddings seen from the reference's mean, each of length 1, so that distances (0..2) know no scale."""
+        centred = answers.embeddings.astype(np.float64) - self.centre
+        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
+    def early_rank(self, answers: Answers) -> Float[np.ndarray, "n"]:
+        """`early_rank` among the reference."""
+        return early_rank(answers.early_confidence, self.reference.early_confidence)
+
+    def suspicion(self, answers: Answers) -> Float[np.ndarray, "n"]:
+        """How much speaks against each map before any verdict, 0..1, higher is worse; for ranking, not a probability.
+
+        Mean over the 20 nearest of the reference, itself among them if it is one, of
+        (margin_reliance^2 + early_rank^2) / 2.
+        """
+        return self.loud[self.near.kneighbors(self.directions(answers), return_distance=False)].mean(axis=1)
+
+    def unreasonable(self, answers: Answers, suspected: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        """P(this map is unreasonable), 0..1; `suspected` is the samples' `suspicion`.
+
+        Without any verdict it is what this is. Else a logistic regression on embedding and suspicion (as Platt, 1999,
+        calibrates scores) that is fitted to the verdicts and, with the weight of 10 verdicts in all, to the reference
+        as unreasonable by its suspicion: so a few verdicts, or verdicts that all say the same, cannot mislead it far.
+        """
+        if self.regression is None:
+            return suspected
+        return self.regression.predict_proba(self._features(answers, suspected))[:, 1]
+
+    def _learn(self, told: Answers, verdicts: Float[np.ndarray, "v"]) -> None:
+        suspected = self.suspicion(self.reference)
+        self.mean, self.spread = suspected.mean(), max(suspected.std(), 1e-12)
+        asked, seen = self._features(told, self.suspicion(told)), self._features(self.reference, suspected)
+        count, each = len(seen), WORTH / len(seen)
+        wrong = np.concatenate([verdicts, np.ones(count), np.zeros(count)]).astype(int)
+        weight = np.concatenate([np.ones(len(asked)), each * suspected, each * (1 - suspected)])
+        self.regression = LogisticRegression(max_iter=1000).fit(np.concatenate([asked, seen, seen]), wrong, weight)
+
+    def _features(self, answers: Answers, suspected: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n e"]:
+        return np.column_stack([3 * self.directions(answers), (suspected - self.mean) / self.spread])
 
 
-def early_rank(confidence: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Share of the samples that were less confident early in training, 0..1; 0.5 where it is not known (NaN)."""
-    rank, known = np.full(len(confidence), 0.5), np.isfinite(confidence)
-    if known.sum() > 1:
-        rank[known] = (rankdata(confidence[known]) - 1) / (known.sum() - 1)
+def early_rank(confidence: Float[np.ndarray, "n"], among: Float[np.ndarray, "m"]) -> Float[np.ndarray, "n"]:
+    """Share of those `among` which a sample is ranked that were less confident early in training, 0..1, of equals half;
+    0.5 where it is not known (NaN)."""
+    rank, known, others = np.full(len(confidence), 0.5), np.isfinite(confidence), np.sort(among[np.isfinite(among)])
+    if len(others) > 1:
+        below, up_to = (np.searchsorted(others, confidence[known], side=side) for side in ("left", "right"))
+        rank[known] = np.clip((below + up_to - 1) / 2 / (len(others) - 1), 0, 1)
     return rank
-
-
-def suspicion(predictions: Predictions) -> Float[np.ndarray, "n"]:
-    """How much speaks against each map before any verdict, 0..1, higher is worse; for ranking, not a probability.
-
-    Mean over the 20 nearest neighbours, itself among them, of (margin_reliance^2 + early_rank^2) / 2.
-    """
-    loud = (predictions.margin_reliance.astype(np.float64) ** 2 + early_rank(predictions.early_confidence) ** 2) / 2
-    where = directions(predictions.embeddings)
-    count = min(NEIGHBOURS, len(where))
-    near = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(where).kneighbors(where, return_distance=False)
-    return loud[near].mean(axis=1)
-
-
-def unreasonable(predictions: Predictions, verdicts: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """P(this map is unreasonable), 0..1. `verdicts`: 1 a person called the map wrong, 0 fine, NaN nobody was asked.
-
-    Without any verdict this is `suspicion`. Else a logistic regression on embedding and suspicion (as Platt, 1999,
-    calibrates scores) that is fitted to the verdicts and, with the weight of 10 verdicts in all, to every sample as
-    unreasonable by its suspicion: so a few verdicts, or verdicts that all say the same, cannot mislead it far.
-    """
-    suspected, asked = suspicion(predictions), np.isfinite(verdicts)
-    if not asked.any():
-        return suspected
-    spread = max(suspected.std(), 1e-12)
-    seen = np.column_stack([3 * directions(predictions.embeddings), (suspected - suspected.mean()) / spread])
-    count, each = len(seen), WORTH / len(seen)
-    wrong = np.concatenate([verdicts[asked], np.ones(count), np.zeros(count)]).astype(int)
-    weight = np.concatenate([np.ones(asked.sum()), each * suspected, each * (1 - suspected)])
-    model = LogisticRegression(max_iter=1000).fit(np.concatenate([seen[asked], seen, seen]), wrong, weight)
-    return model.predict_proba(seen)[:, 1]

@@ -13,7 +13,7 @@ from jaxtyping import Int, Shaped
 from abn.attention import context_reliance, energy_inside, iou
 from abn.files import replacing
 from abn.manifest import Sample, class_names
-from abn.predictions import Predictions, read_predictions
+from abn.predictions import Answers, Predictions, Shards, read_predictions
 from abn.stage import ROUND, Stage
 
 
@@ -48,7 +48,7 @@ def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np
 
 
 def align(
-    samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
+    samples: Sequence[Sample], predictions: Answers | Shards, classes: Sequence[str]
 ) -> tuple[Int[np.ndarray, "n"], Shaped[np.ndarray, "n"]]:
     """Label (index, -1 unknown) and split of each row of the predictions.
 

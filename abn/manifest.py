@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +23,9 @@ LATER_COLUMNS = {"weight": "1", "moved": ""}
 WITHDRAWAL_COLUMNS = ("time", "action", "annotation", "sample", "labeler", "round", "why")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture as training sees it: the manifest's row after the corrections."""
+    """A picture as training sees it: the manifest's row after the corrections. There may be a million of them."""
 
     id: str
     image: str  # relative to the workspace
@@ -119,14 +119,19 @@ def training_samples(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.split == "train" or (sample.split == "pool" and sample.label)]
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; make a workspace with `abnloop init`")
+    return _rows(path, columns)
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """One after the other: those of a large manifest would fill more memory than its samples."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
             raise ValueError(f"{path} has no column {missing[0]}; it needs {','.join(columns)}")
-        return list(reader)
+        yield from reader
 
 
 class MaskShards:

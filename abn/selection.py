@@ -1,10 +1,16 @@
-"""Who is worth a labeler's minute, and why: `python -m abn.selection` writes results/batch.csv."""
+"""Who is worth a labeler's minute, and why: `python -m abn.selection` writes results/batch.csv.
+
+Of a pool of any size no more than `LOOKED_AT` samples are in memory at once, beside a few numbers of each. Up to that
+many are compared with each other. Of a larger pool a first pass gives every candidate a worth of its own, and those
+worth most are compared; neighbours are then looked for in a random part of the pool (abn/doubt.py).
+"""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,13 +20,14 @@ from sklearn.cluster import kmeans_plusplus
 from sklearn.neighbors import NearestNeighbors
 
 from abn.config import load_section
-from abn.doubt import directions, early_rank, suspicion, unreasonable
+from abn.doubt import Doubt, early_rank
 from abn.evaluate import align
 from abn.files import replacing
 from abn.manifest import class_names, read_corrections
-from abn.predictions import Predictions, read_predictions
+from abn.predictions import Answers, Predictions, Shards
 from abn.stage import ROUND
 
+LOOKED_AT = 20_000  # samples at once
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
 MAP_WRONG, MAP_FINE = ("map_fixed",), ("map_ok",)  # verdicts; the others say nothing of the map
 
@@ -64,16 +71,41 @@ class Told:
 
 @dataclass(frozen=True)
 class Pool:
-    """What a strategy sees: a row a candidate, in the order of the sample ids."""
+    """What a strategy sees: a row a candidate, in the order of the sample ids. What only some strategies ask for is
+    computed when they do."""
 
-    table: Predictions
+    table: Answers
     labels: Int[np.ndarray, "n"]  # -1 unknown
-    where: Float[np.ndarray, "n d"]  # directions of the embeddings
-    answered: Float[np.ndarray, "a d"]  # of the samples that people have answered
-    suspected: Float[np.ndarray, "n"]  # before any verdict, 0..1
-    unreasonable: Float[np.ndarray, "n"]  # P(the map is), 0..1
-    minutes: Float[np.ndarray, "n"]  # expected
+    answered: Float[np.ndarray, "a d"]  # directions of the samples that people have answered
+    doubt: Doubt
+    early: Float[np.ndarray, "m"]  # early confidence of the candidates, or of a random part of them
+    told: Told
     seed: int
+
+    @cached_property
+    def where(self) -> Float[np.ndarray, "n d"]:
+        """Directions of the embeddings."""
+        return self.doubt.directions(self.table)
+
+    @cached_property
+    def suspected(self) -> Float[np.ndarray, "n"]:
+        """Before any verdict, 0..1."""
+        return self.doubt.suspicion(self.table)
+
+    @cached_property
+    def unreasonable(self) -> Float[np.ndarray, "n"]:
+        """P(the map is), 0..1."""
+        return self.doubt.unreasonable(self.table, self.suspected)
+
+    @cached_property
+    def minutes(self) -> Float[np.ndarray, "n"]:
+        """Expected."""
+        confirm = self.told.minutes_to_confirm
+        return confirm + self.unreasonable * max(self.told.minutes_to_paint - confirm, 0.0)
+
+    @property
+    def confidence(self) -> Float[np.ndarray, "n"]:
+        return self.table.probabilities.max(axis=1).astype(float)
 
     @property
     def wrong(self) -> Bool[np.ndarray, "n"]:
@@ -89,10 +121,7 @@ def benefit(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
     Benefit is the probability that an answer teaches something: that the map is unreasonable, or the picture
     misclassified, or, as far as the network is unsure, might be. Novelty keeps near-duplicates out; see `_spread`.
     """
-    confidence = pool.table.probabilities.max(axis=1).astype(float)
-    mistaken = np.where(pool.wrong, 1.0, 1 - confidence)
-    teaches = 1 - (1 - pool.unreasonable) * (1 - mistaken)
-    return _spread(teaches * pool.minutes.min() / pool.minutes, pool, count)
+    return _spread(_teaches(pool) * pool.minutes.min() / pool.minutes, pool, count)
 
 
 def attention(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
@@ -103,8 +132,7 @@ def attention(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
 def misclassified(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
     """As Mitsuhara et al. (2021) choose: wrong answers, the surest first (above 0.5), then right ones, the least sure
     first."""
-    confidence = pool.table.probabilities.max(axis=1).astype(float)
-    return np.where(pool.wrong, 0.5 + confidence / 2, (1 - confidence) / 2)
+    return np.where(pool.wrong, 0.5 + pool.confidence / 2, (1 - pool.confidence) / 2)
 
 
 def margin(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
@@ -134,11 +162,9 @@ def k_center(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
 def badge(pool: Pool, count: int) -> Float[np.ndarray, "n"]:
     """k-means++ over the gradients of the last layer as if the answer were right, (p - onehot) x embedding: unsure
     and unlike each other (Ash et al., ICLR 2020). Those chosen first are worth most; 0 for those not chosen."""
-    p = pool.table.probabilities.astype(np.float32)
-    answer = np.eye(p.shape[1], dtype=np.float32)[p.argmax(axis=1)]
-    gradients = ((p - answer)[:, :, None] * pool.table.embeddings[:, None, :]).reshape(len(p), -1)
+    gradients = (_errors(pool)[:, :, None] * pool.table.embeddings[:, None, :]).reshape(len(pool.labels), -1)
     _, chosen = kmeans_plusplus(gradients, count, random_state=pool.seed)
-    worth = np.zeros(len(p))
+    worth = np.zeros(len(pool.labels))
     worth[chosen[::-1]] = np.linspace(0, 1, count + 1)[1:]  # where one is drawn twice its first turn counts
     return worth
 
@@ -153,6 +179,26 @@ STRATEGIES: dict[str, Callable[[Pool, int], Float[np.ndarray, "n"]]] = {
     "badge": badge,
     "random": lambda pool, count: np.zeros(len(pool.labels)),  # every pick is of the random share
 }
+
+
+# What each candidate of a large pool is worth by itself, where that is not the strategy's score; higher is more. Those
+# worth most are compared with each other. k-center compares random ones: to be far is nothing that one is by itself.
+WORTH_ALONE: dict[str, Callable[[Pool], Float[np.ndarray, "n"]]] = {
+    "benefit": lambda pool: _teaches(pool) / pool.minutes,
+    "badge": lambda pool: np.linalg.norm(_errors(pool), axis=1) * np.linalg.norm(pool.table.embeddings, axis=1),
+}
+COMPARED_AT_RANDOM = ("k-center", "random")
+
+
+def _errors(pool: Pool) -> Float[np.ndarray, "n k"]:
+    """p - onehot, as if the answer were right."""
+    p = pool.table.probabilities.astype(np.float32)
+    return p - np.eye(p.shape[1], dtype=np.float32)[p.argmax(axis=1)]
+
+
+def _teaches(pool: Pool) -> Float[np.ndarray, "n"]:
+    mistaken = np.where(pool.wrong, 1.0, 1 - pool.confidence)
+    return 1 - (1 - pool.unreasonable) * (1 - mistaken)
 
 
 def _spread(worth: Float[np.ndarray, "n"], pool: Pool, count: int) -> Float[np.ndarray, "n"]:
@@ -189,7 +235,7 @@ def _nearest(points: Float[np.ndarray, "n d"], others: Float[np.ndarray, "a d"])
 
 
 def select(
-    predictions: Predictions,
+    predictions: Predictions | Shards,
     labels: Int[np.ndarray, "n"],
     candidates: Collection[int],
     classes: list[str],
@@ -206,14 +252,21 @@ def select(
         raise ValueError(
             f"selection.budget is {config.budget} but the pool holds {len(candidates)} images; lower it in params.yaml"
         )
-    pool = _pool(predictions, labels, candidates, told or _nothing_told(len(labels)), config.seed)
-    minutes = config.budget_minutes or np.inf
-    at_most = int(min(config.budget, max(minutes / pool.minutes.min(), 1)))
-    score = STRATEGIES[config.strategy](pool, at_most)
+    everyone = _Candidates(predictions, labels, candidates, told or _nothing_told(len(labels)), config.seed)
     share = 1.0 if config.strategy == "random" else config.random_share
-    shuffled = np.random.default_rng(config.seed).permutation(len(score)).tolist()
+    shuffled = np.random.default_rng(config.seed).permutation(len(everyone))
     random_pictures = round(share * config.budget)
-    at_random = _fill(shuffled[:random_pictures], pool.minutes, share * minutes if share else 0.0)
+    most = max(LOOKED_AT, config.budget)
+    if len(everyone) <= most or config.strategy in COMPARED_AT_RANDOM:
+        compared = np.sort(shuffled[:most])
+    else:
+        compared = np.union1d(shuffled[:random_pictures], everyone.worth_most(config.strategy, most))
+    pool = everyone[compared]
+    minutes = config.budget_minutes or np.inf
+    count = int(min(config.budget, max(minutes / pool.minutes.min(), 1)))
+    score = STRATEGIES[config.strategy](pool, count)
+    drawn = np.searchsorted(compared, shuffled[:random_pictures]).tolist()
+    at_random = _fill(drawn, pool.minutes, share * minutes if share else 0.0)
     asked = set(at_random)
     best_first = [i for i in np.argsort(-score, kind="stable").tolist() if i not in asked]
     rest = minutes - float(pool.minutes[at_random].sum())
@@ -235,27 +288,49 @@ def select(
     return sorted(picks, key=lambda pick: (-pick.score, pick.sample))
 
 
-def _pool(
-    predictions: Predictions, labels: Int[np.ndarray, "n"], candidates: Collection[int], told: Told, seed: int
-) -> Pool:
-    """Candidates and answered samples are looked at together, in the order of their ids."""
-    open_ = np.zeros(len(labels), dtype=bool)
-    open_[list(candidates)] = True
-    rows = np.flatnonzero(open_ | told.answered)
-    rows = rows[np.argsort(predictions.samples[rows])]
-    table, asked, answered = predictions[rows], open_[rows], told.answered[rows]
-    where, wrong = directions(table.embeddings), unreasonable(table, told.verdicts[rows])
-    minutes = told.minutes_to_confirm + wrong * max(told.minutes_to_paint - told.minutes_to_confirm, 0.0)
-    return Pool(
-        table[np.flatnonzero(asked)],
-        labels[rows][asked],
-        where[asked],
-        where[answered],
-        suspicion(table)[asked],
-        wrong[asked],
-        minutes[asked],
-        seed,
-    )
+class _Candidates:
+    """In the order of their ids, with what is known of the samples that people have answered."""
+
+    def __init__(
+        self,
+        table: Predictions | Shards,
+        labels: Int[np.ndarray, "n"],
+        candidates: Collection[int],
+        told: Told,
+        seed: int,
+    ) -> None:
+        self.table, self.labels, self.told, self.seed = table, labels, told, seed
+        asked = np.zeros(len(labels), dtype=bool)
+        asked[list(candidates)] = True
+        known = np.flatnonzero(asked | told.answered)
+        known = known[np.argsort(table.samples[known])]
+        self.rows = known[asked[known]]
+        seen = known
+        if len(known) > LOOKED_AT:
+            seen = known[np.sort(np.random.default_rng(seed).choice(len(known), LOOKED_AT, replace=False))]
+        answered = known[told.answered[known]]
+        reference, people, verdicts = table[seen], table[answered], told.verdicts[answered]
+        on_maps = np.flatnonzero(np.isfinite(verdicts))
+        self.doubt = Doubt(reference, people[on_maps], verdicts[on_maps])
+        self.answered = self.doubt.directions(people)
+        self.early = reference.early_confidence[asked[seen]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: Int[np.ndarray, "m"]) -> Pool:
+        rows = self.rows[chosen]
+        table, labels = self.table[rows], self.labels[rows]
+        return Pool(table, labels, self.answered, self.doubt, self.early, self.told, self.seed)
+
+    def worth_most(self, strategy: str, count: int) -> Int[np.ndarray, "m"]:
+        """By themselves, seen a part of the predictions after the other; ties break by sample id."""
+        worth, part = np.zeros(len(self)), self.rows // LOOKED_AT
+        for number in np.unique(part):
+            rows = np.flatnonzero(part == number)
+            pool = self[rows]
+            worth[rows] = WORTH_ALONE[strategy](pool) if strategy in WORTH_ALONE else STRATEGIES[strategy](pool, 0)
+        return np.argsort(-worth, kind="stable")[:count]
 
 
 def _fill(order: list[int], minutes: Float[np.ndarray, "n"], budget: float) -> list[int]:
@@ -282,7 +357,7 @@ def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> 
         return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%})"
     if pool.unreasonable[i] > pool.suspected[i] + 0.2:
         return "doubtful attention: labelers called the maps of similar pictures wrong"
-    if pool.table.margin_reliance[i] >= early_rank(pool.table.early_confidence)[i]:
+    if pool.table.margin_reliance[i] >= early_rank(pool.table.early_confidence[[i]], pool.early)[0]:
         return f"doubtful attention: the answer hangs on the edge of the picture ({pool.table.margin_reliance[i]:.0%})"
     return "doubtful attention: learned before most others, as shortcuts are"
 
@@ -290,7 +365,7 @@ def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> 
 # --- the stage
 
 
-def read_told(predictions: Predictions, corrections: Mapping[str, Mapping[str, str]]) -> Told:
+def read_told(predictions: Answers | Shards, corrections: Mapping[str, Mapping[str, str]]) -> Told:
     """From the rows of data/corrections.csv by sample id. Minutes are the medians of what painting and confirming took,
     of the times that did not get lost."""
     names = predictions.samples.tolist()
@@ -312,7 +387,7 @@ def read_told(predictions: Predictions, corrections: Mapping[str, Mapping[str, s
 
 def main() -> None:
     config = load_section(SelectionConfig, "params.yaml", "selection")
-    samples, predictions = ROUND.samples(), read_predictions(ROUND.results / "predictions")
+    samples, predictions = ROUND.samples(), Shards(ROUND.results / "predictions")
     classes = class_names(samples)
     labels, splits = align(samples, predictions, classes)
     told = read_told(predictions, read_corrections(Path()))

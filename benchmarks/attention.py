@@ -38,7 +38,7 @@ from abn.attention import (
     gini,
 )
 from abn.data import Pictures
-from abn.doubt import early_rank, suspicion, unreasonable
+from abn.doubt import Doubt
 from abn.early import read_early_confidence
 from abn.files import replacing
 from abn.model import ABN, LoadedModel, load_model, resize_map
@@ -98,9 +98,10 @@ def scores_of(trained: Trained) -> dict[str, Float[np.ndarray, "n"]]:
     """Each score alone, higher is more suspicious, and what is shipped as `suspicion`."""
     found = trained.predictions
     explained = explain_by(trained.model.network, trained.images, found.maps, steps=8)
+    doubt = Doubt(found)
     return {
         "margin reliance": found.margin_reliance,
-        "early confidence": early_rank(found.early_confidence),
+        "early confidence": doubt.early_rank(found),
         "disagreement": disagreement(found.probabilities, found.attention_probabilities),
         "equivariance": found.equivariance,
         "concentration (1 - entropy)": 1 - entropy(found.maps),
@@ -109,7 +110,7 @@ def scores_of(trained: Trained) -> dict[str, Float[np.ndarray, "n"]]:
         "deletion": explained.deletion,
         "insertion": -explained.insertion,
         "confidence": found.probabilities.max(axis=1),
-        "suspicion": suspicion(found),
+        "suspicion": doubt.suspicion(found),
     }
 
 
@@ -117,8 +118,10 @@ def after_verdicts(trained: Trained, classes: list[str], budget: int, seed: int)
     """P(unreasonable) after true verdicts on one batch of the default strategy, and which samples were not asked."""
     config = SelectionConfig("benefit", budget, 0.0, 0.1, seed)
     picks = select(trained.predictions, trained.labels, range(len(trained.labels)), classes, config)
-    asked = np.isin(trained.predictions.samples, [pick.sample for pick in picks])
-    return unreasonable(trained.predictions, np.where(asked, trained.wrong, np.nan)), ~asked
+    found = trained.predictions
+    asked = np.isin(found.samples, [pick.sample for pick in picks])
+    doubt = Doubt(found, found[np.flatnonzero(asked)], trained.wrong[asked].astype(float))
+    return doubt.unreasonable(found, doubt.suspicion(found)), ~asked
 
 
 def measure(score: np.ndarray, wrong: np.ndarray, budget: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from abn.doubt import WORTH, directions, early_rank, suspicion, unreasonable
+from abn.doubt import WORTH, Doubt, early_rank
 from abn.predictions import Predictions
 
 
@@ -35,16 +35,29 @@ def pool(count: int = 200, seed: int = 0) -> tuple[Predictions, np.ndarray]:
 NOTHING = np.full(200, np.nan)
 
 
+def suspicion(table: Predictions) -> np.ndarray:
+    return Doubt(table).suspicion(table)
+
+
+def unreasonable(table: Predictions, verdicts: np.ndarray) -> np.ndarray:
+    asked = np.flatnonzero(np.isfinite(verdicts))
+    doubt = Doubt(table, table[asked], verdicts[asked])
+    return doubt.unreasonable(table, doubt.suspicion(table))
+
+
 def test_directions_know_no_scale_and_no_place() -> None:
-    embeddings = np.random.default_rng(0).random((9, 4))
-    assert np.linalg.norm(directions(embeddings), axis=1) == pytest.approx(np.ones(9))
-    np.testing.assert_allclose(directions(3 * embeddings + 7), directions(embeddings), atol=1e-6)
+    table, _ = pool(9)
+    elsewhere = replace(table, embeddings=3 * table.embeddings + 7)
+    assert np.linalg.norm(Doubt(table).directions(table), axis=1) == pytest.approx(np.ones(9))
+    np.testing.assert_allclose(Doubt(elsewhere).directions(elsewhere), Doubt(table).directions(table), atol=1e-6)
 
 
 def test_early_rank_of_a_worked_example() -> None:
-    assert early_rank(np.array([0.2, 0.9, np.nan, 0.5])).tolist() == [0.0, 1.0, 0.5, 0.5]
-    assert early_rank(np.full(3, np.nan)).tolist() == [0.5] * 3
-    assert early_rank(np.array([0.4, 0.4])).tolist() == [0.5, 0.5]
+    confidence, unknown, alike = np.array([0.2, 0.9, np.nan, 0.5]), np.full(3, np.nan), np.array([0.4, 0.4])
+    assert early_rank(confidence, confidence).tolist() == [0.0, 1.0, 0.5, 0.5]
+    assert early_rank(unknown, unknown).tolist() == [0.5] * 3
+    assert early_rank(alike, alike).tolist() == [0.5, 0.5]
+    assert early_rank(np.array([0.1, 0.6, 1.0]), confidence).tolist() == [0.0, 0.75, 1.0]
 
 
 def test_suspicion_of_a_worked_example() -> None:
@@ -52,6 +65,12 @@ def test_suspicion_of_a_worked_example() -> None:
     table, _ = pool(3)
     table = replace(table, margin_reliance=np.array([0.0, 0.6, 1.0]), early_confidence=np.array([0.1, 0.2, 0.3]))
     assert suspicion(table) == pytest.approx([(0 + 0.36 + 1 + 0 + 0.25 + 1) / 6] * 3)
+
+
+def test_doubt_that_a_part_of_the_pool_has_taught_finds_the_same_maps() -> None:
+    table, wrong = pool(2000)
+    part = np.random.default_rng(0).permutation(2000)[:500]
+    assert roc_auc_score(wrong, Doubt(table[part]).suspicion(table)) > 0.95
 
 
 def test_neighbours_make_a_noisy_signal_sure() -> None:

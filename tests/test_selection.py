@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from abn import selection
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, read_corrections
-from abn.predictions import Predictions, write_shard
+from abn.predictions import Answers, Predictions, Shards, write_shard
 from abn.selection import STRATEGIES, Pick, SelectionConfig, Told, main, read_told, select
 from tiny import PROJECT, correction, write_csv
 
@@ -231,6 +233,58 @@ def test_unlabeled_pictures_are_asked_about_in_their_own_words(strategy: str) ->
 def test_answers_that_are_all_sure_do_not_stop_any_strategy() -> None:
     for strategy in STRATEGIES:
         assert len(choose(answers([[1.0, 0.0]] * 8), [0] * 8, config(strategy, 8))) == 8
+
+
+# --- a pool that does not fit into memory
+
+
+def stored(folder: Path, predictions: Predictions, size: int = 30) -> Shards:
+    """On disk, and only what selection may read."""
+    for start in range(0, len(predictions), size):
+        rows = predictions[np.arange(start, min(start + size, len(predictions)))]
+        np.savez(folder / f"{start:04d}.npz", **{field.name: getattr(rows, field.name) for field in fields(Answers)})
+    return Shards(folder)
+
+
+def test_shards_give_the_rows_that_are_asked_for_in_their_order(tmp_path: Path) -> None:
+    table = many(100)
+    shards = stored(tmp_path, table)
+    assert len(shards) == 100 and shards.samples.tolist() == table.samples.tolist()
+    for rows in (np.array([99, 0, 31, 30, 29]), np.arange(100)[::-1], np.array([], int)):
+        for field in fields(Answers):
+            np.testing.assert_array_equal(getattr(shards[rows], field.name), getattr(table[rows], field.name))
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_of_a_large_pool_only_a_part_is_in_memory_at_once(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a candidate is worth by itself, or at random, is decided as if all of it were."""
+    table, labels = many(400), np.array([0, 1] * 200)
+    told = Told(np.arange(400) < 40, np.where(np.arange(400) < 30, labels, np.nan))
+    arguments = (labels, range(40, 400), CLASSES, config(strategy, 25, random_share=0.2), told)
+    shards, whole = stored(tmp_path, table), select(table, *arguments)
+    assert select(shards, *arguments) == whole
+    read: list[int] = []
+    rows_of = Shards.__getitem__
+
+    def watched(self: Shards, rows: np.ndarray) -> Answers:
+        read.append(len(rows))
+        return rows_of(self, rows)
+
+    monkeypatch.setattr(Shards, "__getitem__", watched)
+    monkeypatch.setattr(selection, "LOOKED_AT", 50)
+    picks = select(shards, *arguments)
+    assert max(read) <= 50 + 5  # and the random share
+    assert {pick.sample for pick in picks if pick.at_random} == {pick.sample for pick in whole if pick.at_random}
+    assert len(set(names(picks))) == 25
+    if strategy in ("misclassified", "margin", "entropy", "random"):
+        assert names(picks) == names(whole)
+    if strategy == "benefit":
+        wrong = {
+            name for name, p, label in zip(table.samples, table.probabilities, labels, strict=True) if p[label] < 0.5
+        }
+        assert {pick.sample for pick in picks if not pick.at_random} <= set(wrong)
 
 
 # --- budgets

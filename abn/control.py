@@ -6,14 +6,20 @@ again only when the data or the settings change.
 
 from __future__ import annotations
 
-from abn import evaluate, predict, train
+from abn import evaluate, parallel, predict, train
+from abn.config import load_section
 from abn.stage import CONTROL
 
 
 def main() -> None:
-    train.run(CONTROL)
-    predict.run(CONTROL)
-    evaluate.run(CONTROL)
+    parallel.launch("abn.control", load_section(train.TrainConfig, "params.yaml", "train").processes)
+    with parallel.together():
+        train.run(CONTROL)
+        parallel.wait()
+        predict.run(CONTROL)
+        parallel.wait()
+        if parallel.is_first():
+            evaluate.run(CONTROL)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from abn import parallel
 from abn.attention import context_reliance, equivariance_loss
 from abn.config import load_section
 from abn.context import binarised, other_pictures, replace_context
@@ -150,16 +151,19 @@ def predict_into(
     config: PredictConfig,
     early: Mapping[str, float] | None = None,
 ) -> None:
-    """Predictions of all samples, shard after shard, so that memory does not grow with the manifest."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Predictions of all samples, shard after shard, so that memory does not grow with the manifest; of several
+    processes each takes its turn."""
+    if parallel.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+    parallel.wait()
     donors = Pictures(root, samples, model.classes, model.size)
-    for number, start in enumerate(range(0, len(samples), SHARD)):
+    for start in parallel.mine(range(0, len(samples), SHARD)):
         pictures = Pictures(root, samples[start : start + SHARD], model.classes, model.size)
 
         def say(done: int, start: int = start) -> None:
             print(f"predicted {start + done}/{len(samples)}", flush=True)
 
-        write_shard(folder / f"{number:04d}.npz", predict(model, pictures, config, say, early, donors))
+        write_shard(folder / f"{start // SHARD:04d}.npz", predict(model, pictures, config, say, early, donors))
 
 
 def run(stage: Stage) -> None:
@@ -172,7 +176,9 @@ def run(stage: Stage) -> None:
 
 
 def main() -> None:
-    run(ROUND)
+    parallel.launch("abn.predict", load_section(TrainConfig, "params.yaml", "train").processes)
+    with parallel.together():
+        run(ROUND)
 
 
 if __name__ == "__main__":

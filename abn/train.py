@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from abn import parallel
 from abn.annotator import annotate
 from abn.config import load_section
 from abn.context import binarised, random_contexts, replace_context, shrunk, with_holes, without_objects
@@ -50,9 +51,10 @@ class TrainConfig:
     weight_decay: float
     seed: int
     device: str
+    processes: int = 1  # settings from before it say nothing of it
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
+        for name in ("epochs", "batch_size", "learning_rate", "processes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be above 0")
 
@@ -119,9 +121,12 @@ def train(
         corrected = []
 
     if corrected and settings.corrections.recipe == "context" and settings.corrections.propagate_rate:
-        pictures.drawn, pictures.trust = annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
+        pictures.drawn, pictures.trust = parallel.from_first(
+            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
+        )
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
+    parallel.share_statistics(network)
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
@@ -148,18 +153,21 @@ def train(
                 raise FloatingPointError(f"loss {loss.item()} at epoch {epoch}, step {step + 1}; samples {names}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            parallel.average_gradients(network)
             optimizer.step()
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(batches)
-        if is_early_epoch(epoch, config.epochs):
+        if is_early_epoch(epoch, config.epochs) and parallel.is_first():
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         seconds = time.perf_counter() - began
         line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
         line |= {"propagated": len(pictures.drawn), "trust": pictures.trust}
-        history.add(line)
-        on_epoch(line)
-    save_model(output / "model.pt", network, settings.model, classes, settings.data.size)
-    history.close()
+        if parallel.is_first():
+            history.add(line)
+            on_epoch(line)
+    if parallel.is_first():
+        save_model(output / "model.pt", network, settings.model, classes, settings.data.size)
+        history.close()
 
 
 class Objective:
@@ -187,14 +195,16 @@ class Objective:
         if gradients:
             images.requires_grad_()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self.network(images.contiguous(memory_format=torch.channels_last))
+            output = parallel.answer(self.network, images.contiguous(memory_format=torch.channels_last))
         attention = F.cross_entropy(output.attention_logits.float(), labels)
         perception = F.cross_entropy(output.logits.float(), labels)
         loss = attention + perception
         right = (output.logits.argmax(dim=1) == labels).float().mean()
         parts = {"attention_loss": attention.item(), "perception_loss": perception.item(), "accuracy": right.item()}
         if taught.any():
-            maps = input_gradients(output.logits, images) if gradients else output.attention_map.float()
+            maps = output.attention_map.float()
+            if gradients:
+                maps = parallel.squared_gradients(input_gradients(output.logits, images))
             maps = maps[taught]
             distances = self.map_loss(maps, resize_map(masks[taught], maps.shape[-2:]))
             distance = (distances * batch.weights.to(self.device)[taught]).mean()
@@ -224,17 +234,16 @@ class History:
         self.network, self.optimizer = network, optimizer
         self.lines, self.checkpoint = output / "train.jsonl", output / "checkpoint.pt"
         self.inputs = inputs
-        self.done = 0
+        self.done, lines = 0, ""
         output.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.is_file():
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             if saved["inputs"] == self.inputs:
                 network.load_state_dict(saved["network"])
                 optimizer.load_state_dict(saved["optimizer"])
-                self.done = saved["epoch"]
-                self.lines.write_text(saved["lines"])
-        if not self.done:
-            self.lines.write_text("")
+                self.done, lines = saved["epoch"], saved["lines"]
+        if parallel.is_first():
+            self.lines.write_text(lines)
 
     def add(self, line: dict[str, Any]) -> None:
         with self.lines.open("a") as file:
@@ -293,9 +302,10 @@ def run(stage: Stage) -> None:
     """Train in the workspace that is the current folder."""
     settings, samples = Settings.load("params.yaml"), stage.samples()
     if stage == ROUND and samples == CONTROL.samples():
-        print("nobody has said anything yet: the control is this round's model", flush=True)
-        for name in ("model.pt", "train.jsonl", "early.npz"):
-            shutil.copyfile(CONTROL.results / name, ROUND.results / name)
+        if parallel.is_first():
+            print("nobody has said anything yet: the control is this round's model", flush=True)
+            for name in ("model.pt", "train.jsonl", "early.npz"):
+                shutil.copyfile(CONTROL.results / name, ROUND.results / name)
         return
 
     def say(line: dict[str, float]) -> None:
@@ -309,7 +319,9 @@ def run(stage: Stage) -> None:
 
 
 def main() -> None:
-    run(ROUND)
+    parallel.launch("abn.train", load_section(TrainConfig, "params.yaml", "train").processes)
+    with parallel.together():
+        run(ROUND)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ def train(
     frozen = settings.corrections.recipe == "paper" and _has_champion(root, settings)
     network.extractor.requires_grad_(not frozen)
     history = History(_fingerprint(root, samples, settings), output, network, optimizer)
+    parallel.wait()  # all have read the checkpoint before the first may remove it
     for epoch in range(history.done + 1, config.epochs + 1):
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)

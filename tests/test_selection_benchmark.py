@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import selection
+from benchmarks import pool, selection
 
 
 def test_every_round_adds_minutes_and_learns_from_all_masks(tmp_path: Path) -> None:
@@ -29,3 +29,12 @@ def test_every_round_adds_minutes_and_learns_from_all_masks(tmp_path: Path) -> N
 def test_an_unknown_strategy_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ValueError, match=r"--strategies names 'best'; known: benefit, attention, "):
         selection.run(selection.parse(["--strategies", "benefit,best"]))
+
+
+def test_what_a_large_pool_costs_is_measured_on_the_stage_itself(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    size = ["--samples", "300", "--dimensions", "8", "--answered", "20", "--budget", "10"]
+    pool.main([*size, "--strategies", "benefit", "--json", str(figures)])
+    measured = json.loads(figures.read_text())
+    assert measured["samples"] == 300 and measured["strategies"].keys() == {"benefit"}
+    assert 50 < measured["strategies"]["benefit"]["megabytes"] < pool.LIMIT

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import combinations
+from itertools import chain, combinations
 from statistics import fmean, median
 from typing import Any
 
@@ -266,7 +266,9 @@ def _moved(mask: np.ndarray | None, shown: Mapping[str, Any] | None) -> float | 
 
 
 def _choice(results: Sequence[Mapping[str, Any]], name: str) -> str | None:
-    chosen = [result["value"]["choices"] for result in results if result.get("from_name") == name]
+    """The one answer in the field `name`. A list that is searched stores it as a path of one step, a taxonomy."""
+    values = [result["value"] for result in results if result.get("from_name") == name]
+    chosen = [value["choices"] if "choices" in value else list(chain(*value["taxonomy"])) for value in values]
     if len(chosen) > 1 or any(len(choices) != 1 for choices in chosen):
         raise ValueError(f"more than one {name}, or an empty one")
     return chosen[0][0] if chosen else None

@@ -24,9 +24,9 @@ VERDICTS = {
     "label_wrong": "The class is wrong · クラスが違う",
     "unusable": "Unusable picture · 使えない画像",
 }
-# Up to this many classes are found at a glance; more get a field to search them.
+# Up to this many classes are found at a glance; more are a list to search, because the editor would draw every button
+# anew for each picture: that took ten seconds with a thousand.
 CLASSES_AT_A_GLANCE = 12
-SEARCH = '<Filter name="find" toName="new_class" minlength="0" hotkey="shift+f" placeholder="Find · 検索 (Shift+F)"/>'
 UNSELECTED = "Paint first: press Alt+. or click attention · 先に attention を選んで塗ってください"
 # The editor gives a key to all that has none, and takes E and B, the eraser and the brush, from them. These signs of
 # Unicode's private area are keys that no keyboard has.
@@ -45,14 +45,9 @@ def labeling_screen(classes: Sequence[str], tool: Tool = "bitmask") -> str:
         raise ValueError(f"labeling.tool is {tool!r}; choose bitmask or brush")
     pen = tool.capitalize()
     style = Path(__file__).with_name("screen.css").read_text(encoding="utf-8")
-    many, search = (" many", SEARCH) if len(classes) > CLASSES_AT_A_GLANCE else ("", "")
     verdicts = "".join(
         f'<Choice value="{verdict}" html={quoteattr(f"<b>{key}</b> {text}")} hotkey="{key}"/>'
         for key, (verdict, text) in enumerate(VERDICTS.items(), start=1)
-    )
-    names = "".join(
-        f'<Choice value={quoteattr(_shown(name))} alias={quoteattr(class_key(name))} hotkey="{_hotkey(number)}"/>'
-        for number, name in enumerate(classes, start=1)
     )
     return f"""<View className="desk"><Style>{style}</Style>
 <View className="photo {tool}">
@@ -76,10 +71,8 @@ def labeling_screen(classes: Sequence[str], tool: Tool = "bitmask") -> str:
   requiredMessage="Give a verdict: keys 1 to {len(VERDICTS)}">{verdicts}</Choices></View>
  <View visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="map_fixed">
   <View className="unselected" visibleWhen="no-region-selected"><Header value="{UNSELECTED}" size="5"/></View></View>
- <View className="classes{many}" visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="label_wrong">
-  {search}
-  <Choices name="new_class" toName="img" choice="single-radio" required="true" layout="inline"
-   requiredMessage="Choose the right class">{names}</Choices></View>
+ <View className="classes" visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="label_wrong">
+  {_class_field(classes)}</View>
 </View></View>"""
 
 
@@ -98,6 +91,17 @@ def class_name(key: str) -> str:
     if not key.startswith("class:"):
         raise ValueError(f"{key!r} is not the key of a class")
     return unquote(key.removeprefix("class:"), errors="strict")
+
+
+def _class_field(classes: Sequence[str]) -> str:
+    """Where the right class is chosen: by a key, or from a list that is searched."""
+    field = 'name="new_class" toName="img" required="true" requiredMessage="Choose the right class"'
+    named = [f"value={quoteattr(_shown(name))} alias={quoteattr(class_key(name))}" for name in classes]
+    if len(classes) > CLASSES_AT_A_GLANCE:
+        names = "".join(f"<Choice {name}/>" for name in named)
+        return f'<Taxonomy {field} maxUsages="1" minWidth="300" placeholder="Find · 検索">{names}</Taxonomy>'
+    names = "".join(f'<Choice {name} hotkey="{_hotkey(number)}"/>' for number, name in enumerate(named, start=1))
+    return f'<Choices {field} choice="single-radio" layout="inline">{names}</Choices>'
 
 
 def _hotkey(number: int) -> str:

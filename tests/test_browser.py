@@ -282,6 +282,7 @@ def page(label_studio: Studio, browser: Browser) -> Iterator[Page]:
 @pytest.fixture
 def desk(label_studio: Studio, live: Live, page: Page) -> Desk:
     page.set_viewport_size(SMALL)  # type: ignore[arg-type]
+    page.evaluate("localStorage.clear()")  # where the editor keeps its switches
     sizes = {name: picture.shape[:2] for name, picture in photos().items()}
     return Desk(label_studio, LabelStudio(label_studio.url, label_studio.token), live, page, sizes)
 
@@ -478,6 +479,41 @@ def test_a_task_without_a_prediction_is_answered_all_the_same(desk: Desk) -> Non
     desk.page.keyboard.press("3")
     desk.submit()
     assert desk.collect()["tiny-0"].verdict == "whole_image"
+
+
+def test_auto_accept_can_be_seen_and_switched_off_before_it_deletes_the_map(desk: Desk) -> None:
+    switch = desk.page.locator(".lsf-auto-accept")
+    desk.ask(["photo"])
+    expect(switch).to_be_hidden()
+    desk.page.evaluate(
+        "for (const name of ['autoAnnotation', 'autoAcceptSuggestions']) localStorage.setItem(name, true)"
+    )
+    desk.begin("photo")
+    desk.shot("auto-accept")
+    switch.get_by_role("checkbox").click(force=True)
+    expect(switch).to_be_hidden()
+    desk.select()
+    painted = desk.paint((100, 100), (200, 100))
+    desk.page.keyboard.press("2")
+    desk.submit()
+    assert overlap(desk.collect()["photo"].mask, painted) >= 0.97
+
+
+def test_a_right_class_is_found_among_a_thousand(desk: Desk) -> None:
+    desk.ask(["tiny-0", "tiny-1"], classes=[*(f"species {number:03}" for number in range(1000)), *CLASSES])
+    desk.page.keyboard.press("5")
+    refused(desk, "Choose the right class")
+    desk.page.locator(".classes .ant-select").click()
+    desk.page.get_by_placeholder("Search").fill('"it')
+    expect(desk.page.locator(".ant-select-tree-title")).to_have_text([CLASSES[3]])
+    desk.page.keyboard.press("ArrowDown")
+    desk.page.keyboard.press("Enter")
+    expect(desk.page.locator(".classes .ant-select-selection-item")).to_have_text(CLASSES[3])
+    desk.shot("thousand-classes")
+    desk.page.keyboard.press("Escape")
+    expect(desk.page.get_by_placeholder("Search")).to_be_hidden()
+    desk.submit("tiny-1")
+    assert desk.collect()["tiny-0"].label == CLASSES[3]
 
 
 @pytest.mark.parametrize("window", [SMALL, LARGE], ids=["small", "large"])

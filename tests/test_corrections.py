@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from labeling.corrections import Correction, Dispute, read_corrections, settle
+from labeling.screen import class_key
 from labeling.simulator import FAULTS, Faults, human_mask
 from labeling.tasks import Question, as_mask, heatmap, make_task, mask_result, verdict_results
 
@@ -112,6 +113,18 @@ def test_all_but_the_map_is_the_mask_turned_over() -> None:
 def test_a_wrong_label_carries_the_right_class(name: str) -> None:
     (correction,), _ = read_corrections([a_task(an_annotation(verdict_results("label_wrong", name)))], CLASSES)
     assert (correction.verdict, correction.label, correction.mask) == ("label_wrong", name, None)
+
+
+def test_a_class_from_a_long_list_is_a_path_of_one_step() -> None:
+    def chosen(*path: str) -> list[dict[str, Any]]:
+        return [*verdict_results("label_wrong"), {"from_name": "new_class", "value": {"taxonomy": [list(path)]}}]
+
+    (correction,), _ = read_corrections([a_task(an_annotation(chosen(class_key("dog"))))], CLASSES)
+    assert correction.label == "dog"
+    assert (
+        only_reason(a_task(an_annotation(chosen("class:cat", "class:dog"))))
+        == "more than one new_class, or an empty one"
+    )
 
 
 @pytest.mark.parametrize("verdict", ["map_ok", "map_fixed", "whole_image"])

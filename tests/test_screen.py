@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from labeling.screen import VERDICTS, class_key, class_name, instructions, labeling_screen
+from labeling.screen import CLASSES_AT_A_GLANCE, VERDICTS, class_key, class_name, instructions, labeling_screen
 
 STRANGE = [
     "leaf rust",
@@ -60,17 +60,18 @@ def test_every_verdict_has_a_key_of_its_own_and_shows_it() -> None:
 
 
 def test_no_key_means_two_things_and_none_is_left_to_the_editor() -> None:
-    screen = ElementTree.fromstring(labeling_screen([f"class {number}" for number in range(1000)]))
-    keys = [one.get("hotkey") for tag in ("Choice", "Label", "Filter") for one in screen.findall(f".//{tag}")]
+    screen = ElementTree.fromstring(labeling_screen([f"class {number}" for number in range(CLASSES_AT_A_GLANCE)]))
+    keys = [one.get("hotkey") for tag in ("Choice", "Label") for one in screen.findall(f".//{tag}")]
     assert None not in keys and len(set(keys)) == len(keys)
     assert not {"b", "e", "[", "]"} & set(keys)
 
 
-def test_many_classes_can_be_searched() -> None:
-    few = ElementTree.fromstring(labeling_screen(["cat", "dog"]))
-    many = ElementTree.fromstring(labeling_screen([f"class {number}" for number in range(300)]))
-    assert few.find(".//Filter") is None
-    assert many.find(".//Filter[@toName='new_class']") is not None
+def test_many_classes_are_a_list_to_search() -> None:
+    many = [f"class {number}" for number in range(CLASSES_AT_A_GLANCE)] + STRANGE
+    screen = ElementTree.fromstring(labeling_screen(many))
+    assert screen.find(".//Choices[@name='new_class']") is None
+    choices = screen.findall(".//Taxonomy[@name='new_class']/Choice")
+    assert [class_name(choice.get("alias", "")) for choice in choices] == many
 
 
 def test_the_instructions_name_every_key_in_both_languages() -> None:

@@ -26,7 +26,7 @@ from flows.workspace import Workspace, read_json, write_arrays
 from labeling.client import LabelStudio
 from labeling.tasks import mask_result, verdict_results
 
-pytestmark = [pytest.mark.studio, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.studio, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

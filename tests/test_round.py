@@ -11,14 +11,17 @@ import importlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +55,7 @@ if TYPE_CHECKING:  # both read their settings when they are imported: first the 
 
 pytestmark = [
     pytest.mark.studio,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),  # a test that is run alone waits for two rounds
     # The SDK exchanges the personal tokens of simulated labelers with a call that pydantic 2 has renamed.
     pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated"),
 ]
@@ -71,6 +74,9 @@ SETTINGS = {
     "flows.collect_cron": "*/7 * * * *",
     **{f"services.{name}_port": 0 for name in ("label_studio", "prefect", "mlflow", "live")},
 }
+
+# What a loop with S3 and a Label Studio elsewhere is given; nothing here uses it, everything could write it down.
+SECRETS_OF_THE_ENVIRONMENT = {name: secrets.token_hex(16) for name in ("AWS_SECRET_ACCESS_KEY", "LABEL_STUDIO_API_KEY")}
 
 
 class Killed(BaseException):
@@ -140,7 +146,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A workspace of 90 pictures to learn from, its services up, this process connected to them."""
     root = tmp_path_factory.mktemp("round")
     environment = dict(os.environ)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.update(OMP_WAIT_POLICY="PASSIVE", **SECRETS_OF_THE_ENVIRONMENT)
     rows, seen = read_csv(write_digits(root / "source")), Counter[tuple[str, str]]()
     chosen = []
     for row in rows:
@@ -1244,3 +1250,45 @@ def test_a_schedule_that_is_none_is_refused(name: str) -> None:
 def git(place: Workspace, *words: str) -> str:
     done = subprocess.run(["git", *words], cwd=place.root, check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def where_written(place: Workspace, words: Iterable[str]) -> set[str]:
+    """Everything that holds one of the words: files (a database as its statements), and git, by any commit.
+
+    Label Studio's own database is left out: it is where its accounts are.
+    """
+    sought, found = [word.encode() for word in words], set()
+
+    def look(name: str, content: bytes) -> None:
+        if any(word in content for word in sought):
+            found.add(name)
+
+    for path in sorted(place.root.rglob("*")):
+        name = place.relative(path)
+        if name.startswith(".git/") or path.name.startswith("label_studio.sqlite3") or not path.is_file():
+            continue
+        if path.suffix in (".db", ".sqlite3"):
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+                look(name, "\n".join(database.iterdump()).encode())
+        elif not path.name.endswith(("-wal", "-shm", "-journal")):  # of a database, which is read with them
+            look(name, path.read_bytes())
+    objects = ["git", "cat-file", "--batch", "--batch-all-objects", "--unordered"]
+    look("git", subprocess.run(objects, cwd=place.root, check=True, capture_output=True).stdout)
+    return found
+
+
+def test_no_secret_is_written_anywhere_but_into_its_own_file(place: Workspace, second: Second) -> None:
+    own, tokens = read_json(place.secrets), read_json(place.simulated_labelers)
+    assert set(own) == {"password", "token", "live"} and tokens
+    known = [*own.values(), *tokens.values(), *SECRETS_OF_THE_ENVIRONMENT.values()]
+    assert min(map(len, known)) >= 16
+    files = {place.relative(path): path for path in (place.secrets, place.simulated_labelers)}
+    assert where_written(place, known) == set(files)
+    for path in files.values():
+        assert path.stat().st_mode & 0o077 == 0
+        assert subprocess.run(["git", "check-ignore", "--quiet", path], cwd=place.root, check=False).returncode == 0
+    read = where_written(place, [NAME, "http"])
+    databases = {".abnloop/mlflow/mlflow.db", ".abnloop/prefect/prefect.db"}
+    logs = {f".abnloop/logs/{name}.log" for name in ("label-studio", "mlflow", "prefect")}
+    assert {"git", *databases, *logs} <= read, "the search looks where secrets could be"
+    assert any(name.startswith(".abnloop/mlflow/artifacts/") for name in read)

@@ -2,7 +2,8 @@
 
 Writes a workspace of synthetic predictions, some of them answered, and runs the stage on it as the loop does, once a
 strategy, in a process of its own: its peak of resident memory, and its seconds. No picture is written, the stage reads
-none. The maps are, so that reading them would show.
+none. The maps are, so that reading them would show. `--parts 10000,3000` asks instead how well the maps of 30 000
+samples are doubted by neighbours in a random part of them: the signals of one cluster in eleven are louder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
+from abn.doubt import Doubt
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS
 from abn.predict import SHARD
 from abn.predictions import Predictions, write_shard
@@ -30,6 +33,7 @@ from flows.ingest import change_settings
 PROJECT = Path(__file__).parent.parent
 CLASSES, MAP = 10, 8  # how many; cells along a side
 LIMIT = 2000  # megabytes
+DOUBTED = 30_000  # samples in all
 # The kernel's own record, which a new process does not inherit as it does that of `resource`. Linux only.
 STAGE = """
 from abn.selection import main
@@ -46,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, default=100)
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="names, separated by commas")
     parser.add_argument("--json", type=Path, help="where the figures go as well")
+    parser.add_argument("--parts", help="sizes, separated by commas")
     options = parser.parse_args(arguments)
+    if options.parts:
+        for part in map(int, options.parts.split(",")):
+            print(f"{part:6} of {DOUBTED}  ROC AUC {doubt_by(part, options.dimensions):.3f}", flush=True)
+        return
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -69,12 +78,23 @@ def choose(root: Path) -> dict[str, float]:
     return {"megabytes": int(stage.stdout) * 1024 / 1e6, "seconds": time.perf_counter() - began}
 
 
+def doubt_by(part: int, dimensions: int) -> float:
+    """ROC AUC of the suspicion of 5000 samples whose neighbours are in `part` of 30 000."""
+    rng = np.random.default_rng(0)
+    centres = _centres(dimensions, rng)
+    clusters = rng.integers(len(centres), size=DOUBTED)
+    table = _shard([f"{row:016x}" for row in range(DOUBTED)], centres, clusters, rng)
+    order = rng.permutation(DOUBTED)
+    asked = order[-5000:]
+    return float(roc_auc_score(clusters[asked] % 11 == 0, Doubt(table[order[:part]]).suspicion(table[asked])))
+
+
 def write_pool(root: Path, samples: int, dimensions: int, answered: int) -> None:
     """A workspace whose pool is `samples` in clusters by embedding; in some of them the answers are worse."""
     (root / "data").mkdir()
     (root / "params.yaml").write_bytes((PROJECT / "params.yaml").read_bytes())
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((50 * CLASSES, dimensions)).astype(np.float32)
+    centres = _centres(dimensions, rng)
     with _table(root / "data/manifest.csv") as file:
         manifest = csv.writer(file)
         manifest.writerow(MANIFEST_COLUMNS)
@@ -95,6 +115,10 @@ def write_pool(root: Path, samples: int, dimensions: int, answered: int) -> None
             verdict = "map_fixed" if rng.random() < 0.3 else "map_ok"
             given = {"sample": f"{row:016x}", "verdict": verdict, "minutes": "0.3", "annotation": str(row)}
             corrections.writerow({**dict.fromkeys(CORRECTION_COLUMNS, ""), **given})
+
+
+def _centres(dimensions: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((50 * CLASSES, dimensions)).astype(np.float32)
 
 
 def _shard(names: list[str], centres: np.ndarray, clusters: np.ndarray, rng: np.random.Generator) -> Predictions:

@@ -121,10 +121,7 @@ def test_a_class_from_a_long_list_is_a_path_of_one_step() -> None:
 
     (correction,), _ = read_corrections([a_task(an_annotation(chosen(class_key("dog"))))], CLASSES)
     assert correction.label == "dog"
-    assert (
-        only_reason(a_task(an_annotation(chosen("class:cat", "class:dog"))))
-        == "more than one new_class, or an empty one"
-    )
+    assert "more than one new_class" in only_reason(a_task(an_annotation(chosen("class:cat", "class:dog"))))
 
 
 @pytest.mark.parametrize("verdict", ["map_ok", "map_fixed", "whole_image"])

@@ -99,7 +99,7 @@ def _class_field(classes: Sequence[str]) -> str:
     named = [f"value={quoteattr(_shown(name))} alias={quoteattr(class_key(name))}" for name in classes]
     if len(classes) > CLASSES_AT_A_GLANCE:
         names = "".join(f"<Choice {name}/>" for name in named)
-        return f'<Taxonomy {field} maxUsages="1" minWidth="300" placeholder="Find · 検索">{names}</Taxonomy>'
+        return f'<Taxonomy {field} maxUsages="1" minWidth="300px" placeholder="Find · 検索">{names}</Taxonomy>'
     names = "".join(f'<Choice {name} hotkey="{_hotkey(number)}"/>' for number, name in enumerate(named, start=1))
     return f'<Choices {field} choice="single-radio" layout="inline">{names}</Choices>'
 

@@ -27,8 +27,9 @@ setup: .venv/installed $(STUDIO)/installed
 demo: setup
 	.venv/bin/abnloop demo $(ARGS)
 
+# Two files at a time: a test runs on one thread, and many wait for services.
 test: setup system
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/pytest -q --durations=15 $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/pytest -q -n 2 --dist loadfile --durations=25 $(ARGS)
 
 check: setup
 	.venv/bin/ruff check .

@@ -62,15 +62,16 @@ clean:
 	rm -rf .tools .venv $(STUDIO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find abn labeling flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Compiled here, once: where Python may not write its bytecode, each start would compile torch anew, for seconds.
 .venv/installed: requirements.lock pyproject.toml | $(UV)
 	test -x .venv/bin/python || $(UV) venv --quiet --python '>=3.11' .venv
-	$(UV) pip sync --require-hashes --python .venv requirements.lock
+	$(UV) pip sync --compile-bytecode --require-hashes --python .venv requirements.lock
 	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(STUDIO)/installed: requirements-label-studio.lock .venv/installed | $(UV)
 	test -x $(STUDIO)/bin/python || $(UV) venv --quiet --python .venv/bin/python $(STUDIO)
-	$(UV) pip sync --require-hashes --python $(STUDIO) requirements-label-studio.lock
+	$(UV) pip sync --compile-bytecode --require-hashes --python $(STUDIO) requirements-label-studio.lock
 	.venv/bin/python -m labeling.studio
 	touch $@
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.cli import main
+from flows.cli import console, main
 
 PROJECT = Path(__file__).resolve().parent.parent
 IN_A_WORKSPACE = [
@@ -29,7 +29,7 @@ Refuse = Callable[..., str]
 @pytest.fixture
 def abnloop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["abnloop", *words])

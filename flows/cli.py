@@ -41,8 +41,8 @@ WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The wo
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(help="The workspace to make; it must not exist yet.")],
-    images: Annotated[Path, typer.Option(help="Class folders: IMAGES/<class>/<file>.")],
-    masks: Annotated[Path | None, typer.Option(help="MASKS/<class>/<stem of the image>.png, white on black.")] = None,
+    images: Annotated[Path, typer.Option(help="Class folders: IMAGES/CLASS/FILE.")],
+    masks: Annotated[Path | None, typer.Option(help="MASKS/CLASS/NAME.png, white on black.")] = None,
     index: Annotated[
         Path | None,
         typer.Option(help="A CSV in place of folders; columns among id, image, cls or label, split, group, mask."),

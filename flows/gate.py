@@ -3,7 +3,7 @@
 Both models answer the same validation pictures, none of which was ever sent to a labeler or trained on, in the same
 contexts, so that each picture compares the one with the other. Validation pictures come from where the training
 pictures come from and carry the same shortcut: whoever unlearns it is no longer right by it. So a picture with a gold
-mask counts as answered in another context, where the shortcut is gone, and only one without as it is.
+mask counts half as it is and half in another context, where the shortcut is gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from abn.predict import SHARD, PredictConfig, predict
 from abn.train import TrainConfig, choose_device
 
 MEASURES = ("attention_inside_mask", "context_reliance")
-ELSEWHERE = "_in_other_context"
+ELSEWHERE, BOTH = "_in_other_context", "_in_both_contexts"
 COMPARISON_COLUMNS = (
     *("sample", "label", "champion", "challenger", f"champion{ELSEWHERE}", f"challenger{ELSEWHERE}"),
     *(f"{model}_{measure}" for measure in MEASURES for model in ("champion", "challenger")),
@@ -145,8 +145,11 @@ def judge(comparison: Comparison, config: GateConfig) -> Judgement:
     """
     champion, challenger = comparison.champion, comparison.challenger
     truth = np.array([sample.label for sample in comparison.samples])
-    right = np.stack([np.array(view.elsewhere) == truth for view in (champion, challenger)])
-    criteria = _accuracies(truth, right, config, ELSEWHERE if np.isfinite(champion.context_reliance).any() else "")
+    halves = [
+        [np.array(answers) == truth for answers in (view.answers, view.elsewhere)] for view in (champion, challenger)
+    ]
+    where = BOTH if np.isfinite(champion.context_reliance).any() else ""
+    criteria = _accuracies(truth, np.array(halves).sum(axis=1), config, where)
     for name, sign in zip(MEASURES, (1, -1), strict=True):
         before, after = getattr(champion, name), getattr(challenger, name)
         if (both := np.isfinite(before) & np.isfinite(after)).any():
@@ -156,22 +159,22 @@ def judge(comparison: Comparison, config: GateConfig) -> Judgement:
     return Judgement(not faults, "; ".join(faults or map(str, criteria)), criteria)
 
 
-def _accuracies(truth: np.ndarray, right: np.ndarray, config: GateConfig, where: str) -> list[Criterion]:
+def _accuracies(truth: np.ndarray, halves: np.ndarray, config: GateConfig, where: str) -> list[Criterion]:
     """Accuracy and worst class accuracy by a paired bootstrap within the classes (Efron and Tibshirani, 1993).
 
-    `right` is (2, n): champion, challenger; `where` they were is added to the names. Drawing n pictures with
-    replacement is a multinomial draw of the four kinds of pictures (both right, one of them, neither), so the cost does
-    not grow with the set.
+    `halves` is (2, n): how often champion and challenger were right on a picture that was shown twice; `where` that was
+    is added to the names. Drawing n pictures with replacement is a multinomial draw of the nine kinds of pictures that
+    there are, so the cost does not grow with the set.
     """
-    generator = np.random.default_rng(config.seed)
+    generator, scores = np.random.default_rng(config.seed), np.indices((3, 3)).reshape(2, 9) / 2
     sizes, counted, resampled = [], [], []  # of each class: its pictures; right answers (2,), (2, resamples)
     for label in np.unique(truth):
-        of_class = right[:, truth == label]
-        kinds = np.bincount(2 * of_class[0] + of_class[1], minlength=4)
+        of_class = halves[:, truth == label]
+        kinds = np.bincount(3 * of_class[0] + of_class[1], minlength=9)
         drawn = generator.multinomial(kinds.sum(), kinds / kinds.sum(), size=config.resamples)
         sizes.append(kinds.sum())
-        counted.append(of_class.sum(axis=1))
-        resampled.append([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]])
+        counted.append(of_class.sum(axis=1) / 2)
+        resampled.append(scores @ drawn.T)
     each = np.array(sizes)
     criteria = []
     for name, tolerance, score in (

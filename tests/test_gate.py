@@ -12,7 +12,7 @@ from PIL import Image
 
 from abn.manifest import Sample
 from abn.model import ABN, save_model
-from flows.gate import COMPARISON_COLUMNS, ELSEWHERE, Comparison, Criterion, GateConfig, Judgement, View, compare, judge
+from flows.gate import BOTH, COMPARISON_COLUMNS, Comparison, Criterion, GateConfig, Judgement, View, compare, judge
 from tiny import ROWS, SIZE, Row, make_workspace, tiny_settings, write_params
 
 CONFIG = GateConfig(
@@ -40,7 +40,7 @@ def compared(
 
 def criterion(judgement: Judgement, name: str) -> Criterion:
     """By its name, wherever it was measured."""
-    (found,) = [one for one in judgement.criteria if one.name.removesuffix(ELSEWHERE) == name]
+    (found,) = [one for one in judgement.criteria if one.name.removesuffix(BOTH) == name]
     return found
 
 
@@ -48,7 +48,7 @@ def test_a_model_is_not_worse_than_itself() -> None:
     judgement = judge(compared((20, 0, 0, 4), (20, 0, 0, 5)), CONFIG)
     assert judgement.promoted
     assert judgement.reason == (
-        "accuracy in other context 0.816 -> 0.816; worst class accuracy in other context 0.800 -> 0.800; "
+        "accuracy in both contexts 0.816 -> 0.816; worst class accuracy in both contexts 0.800 -> 0.800; "
         "attention inside mask 0.700 -> 0.700; context reliance 0.300 -> 0.300"
     )
 
@@ -91,11 +91,24 @@ def test_who_unlearns_the_shortcut_is_not_refused_for_being_right_less_often() -
     assert not judge(Comparison(samples, challenger, champion), CONFIG).promoted
 
 
+def test_who_is_wrong_everywhere_is_refused_however_little_it_relies_on_the_context() -> None:
+    """As a network that learned nothing is: no worse in another context than one that knows only the shortcut."""
+    truth, wrong = ["class0"] * 20 + ["class1"] * 20, ["class1"] * 20 + ["class0"] * 20
+    samples = [Sample(f"val{i}", "", label, "val") for i, label in enumerate(truth)]
+    of_all, maps = np.full(40, 0.5), np.zeros((40, 2, 2))
+    judgement = judge(
+        Comparison(samples, View(truth, wrong, of_all, of_all, maps), View(wrong, wrong, of_all, of_all / 5, maps)),
+        CONFIG,
+    )
+    assert not judgement.promoted
+    assert judgement.reason.startswith("accuracy in both contexts 0.500 -> 0.000 (")
+
+
 def test_a_class_that_is_given_up_is_seen_behind_a_better_accuracy() -> None:
     judgement = judge(compared((400, 0, 80, 20), (25, 15, 0, 10)), CONFIG)
     assert not judgement.promoted and criterion(judgement, "accuracy").passed
     assert (
-        judgement.reason.startswith("worst class accuracy in other context 0.800 -> 0.500 (")
+        judgement.reason.startswith("worst class accuracy in both contexts 0.800 -> 0.500 (")
         and ";" not in judgement.reason
     )
 
@@ -120,8 +133,8 @@ def test_every_fault_is_named_and_nothing_else() -> None:
     judgement = judge(compared((10, 10, 0, 0), (20, 0, 0, 0), inside=(0.7, 0.1), reliance=(0.3, 0.3)), CONFIG)
     faults = judgement.reason.split("; ")
     assert [fault.split(" 0.")[0].split(" 1.")[0] for fault in faults] == [
-        "accuracy in other context",
-        "worst class accuracy in other context",
+        "accuracy in both contexts",
+        "worst class accuracy in both contexts",
         "attention inside mask",
     ]
     assert "1.000 -> 0.750 (" in faults[0] and "at best with 90% confidence, may lose 0.0)" in faults[0]

@@ -1007,7 +1007,7 @@ def test_the_gate_shows_both_models_on_the_same_pictures(place: Workspace, secon
     assert {row["sample"] for row in read_csv(place.round(2).comparison)} == val
     assert read_csv(place.round(1).comparison) == []
     names = [one["name"] for one in place.round(2).read()["verdict"]["criteria"]]
-    accuracies = ["accuracy_in_other_context", "worst_class_accuracy_in_other_context"]
+    accuracies = ["accuracy_in_both_contexts", "worst_class_accuracy_in_both_contexts"]
     assert names == [*accuracies, "attention_inside_mask", "context_reliance"]
 
 

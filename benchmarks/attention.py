@@ -46,8 +46,16 @@ from abn.predict import predict
 from abn.predictions import Predictions
 from abn.selection import SelectionConfig, select
 from abn.train import train
-from benchmarks.correction import NOTHING, PREDICT, SHAPES, Problem, Spec, seeds_of, settings_with
-from benchmarks.data import CONFOUNDS
+from benchmarks.correction import (
+    NOTHING,
+    PREDICT,
+    Problem,
+    Spec,
+    seeds_of,
+    settings_with,
+    shortcut_parser,
+    shortcut_problem,
+)
 
 SHOWN = 8  # pictures of the figure
 EXPLAINED = 200  # pictures whose deletion and insertion are measured
@@ -261,15 +269,8 @@ def summary(runs: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser = shortcut_parser("attention", __doc__)
     add = parser.add_argument
-    add("--data", default="digits", help="as in benchmarks.correction")
-    add("--path", default="", help="where it lies")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(16, 16), help="pixels (16 16)")
-    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
-    add("--epochs", type=int, default=20)
-    add("--confound", choices=list(CONFOUNDS), default="patch")
-    add("--fraction", type=float, default=0.2, help="of the classes carry the confound in training (0.2)")
     add("--budget", type=int, default=30, help="maps that are asked about (30)")
     add("--seeds", default="5", help="5: 0 to 4; 100-102; 3,7")
     add("--picture", type=Path, help="PNG of the explanations side by side, of the last seed")
@@ -278,10 +279,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    size = tuple(options.size)
-    spec = Spec(options.data, options.path, size, options.train, options.confound, options.fraction, 0, "none")
-    _, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
-    changes = {"data.flip": flip, "model.backbone": "cifar_resnet8", "train.epochs": options.epochs}
+    spec, changes = shortcut_problem(options)
     runs = []
     for seed in seeds_of(options.seeds):
         runs.append(run_seed(spec, seed, changes, options.budget, options.picture))

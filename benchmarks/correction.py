@@ -257,6 +257,29 @@ def seeds_of(text: str) -> list[int]:
     return list(range(int(first), int(last) + 1)) if dash else list(range(int(text)))
 
 
+def shortcut_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that name a problem in which some classes carry the confound, for the benchmarks that ask whom to
+    look at; `shortcut_problem` reads them."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    add = parser.add_argument
+    add("--data", default="digits", help="as in benchmarks.correction")
+    add("--path", default="", help="where it lies")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(16, 16), help="pixels (16 16)")
+    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
+    add("--epochs", type=int, default=20)
+    add("--confound", choices=list(CONFOUNDS), default="patch")
+    add("--fraction", type=float, default=0.2, help="of the classes carry the confound in training (0.2)")
+    return parser
+
+
+def shortcut_problem(options: argparse.Namespace) -> tuple[Spec, dict[str, Any]]:
+    """The problem, and the changes to params.yaml that it is trained with."""
+    size = tuple(options.size)
+    spec = Spec(options.data, options.path, size, options.train, options.confound, options.fraction, 0, "none")
+    _, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
+    return spec, {"data.flip": flip, "model.backbone": "cifar_resnet8", "train.epochs": options.epochs}
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.correction", description=__doc__)
     add = parser.add_argument

@@ -33,8 +33,16 @@ from abn.predict import predict
 from abn.predictions import Predictions
 from abn.selection import STRATEGIES, SelectionConfig, Told, select
 from abn.train import train
-from benchmarks.correction import NOTHING, PREDICT, SHAPES, Problem, Spec, seeds_of, settings_with
-from benchmarks.data import CONFOUNDS
+from benchmarks.correction import (
+    NOTHING,
+    PREDICT,
+    Problem,
+    Spec,
+    seeds_of,
+    settings_with,
+    shortcut_parser,
+    shortcut_problem,
+)
 from labeling.simulator import GOOD_ENOUGH_IOU, SECONDS
 
 MINUTES = {verdict: seconds / 60 for verdict, seconds in SECONDS.items()}
@@ -151,15 +159,8 @@ def draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Non
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description=__doc__)
+    parser = shortcut_parser("selection", __doc__)
     add = parser.add_argument
-    add("--data", default="digits", help="as in benchmarks.correction")
-    add("--path", default="", help="where it lies")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(16, 16), help="pixels (16 16)")
-    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
-    add("--epochs", type=int, default=20)
-    add("--confound", choices=list(CONFOUNDS), default="patch")
-    add("--fraction", type=float, default=0.2, help="of the classes carry the confound in training (0.2)")
     add("--minutes", type=float, default=2.0, help="of labelers a round, by what each picture is expected to take (2)")
     add("--rounds", type=int, default=3)
     add("--strategies", default=",".join(STRATEGIES), help="of " + ", ".join(STRATEGIES))
@@ -174,10 +175,7 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     strategies = options.strategies.split(",")
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise ValueError(f"--strategies names {unknown[0]!r}; known: {', '.join(STRATEGIES)}")
-    size = tuple(options.size)
-    spec = Spec(options.data, options.path, size, options.train, options.confound, options.fraction, 0, "none")
-    _, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
-    changes = {"data.flip": flip, "model.backbone": "cifar_resnet8", "train.epochs": options.epochs}
+    spec, changes = shortcut_problem(options)
     runs = []
     for seed in seeds_of(options.seeds):
         runs.append(run_seed(spec, seed, strategies, options.minutes, options.rounds, changes))

@@ -77,29 +77,29 @@ def test_a_larger_tolerance_lets_more_be_lost() -> None:
     assert judge(worse, lenient).promoted
 
 
+RIGHT, WRONG = ["class0"] * 20 + ["class1"] * 20, ["class1"] * 20 + ["class0"] * 20
+
+
+def answering(as_they_are: list[str], elsewhere: list[str], reliance: float = 0.5) -> View:
+    return View(as_they_are, elsewhere, np.full(40, 0.5), np.full(40, reliance), np.zeros((40, 2, 2)))
+
+
+def judged(champion: View, challenger: View) -> Judgement:
+    samples = [Sample(f"val{i}", "", label, "val") for i, label in enumerate(RIGHT)]
+    return judge(Comparison(samples, champion, challenger), CONFIG)
+
+
 def test_who_unlearns_the_shortcut_is_not_refused_for_being_right_less_often() -> None:
     """As they are, the pictures carry the champion's shortcut; in another context only the challenger is right."""
-    truth = ["class0"] * 20 + ["class1"] * 20
-    wrong = ["class1"] * 20 + ["class0"] * 20
-    samples = [Sample(f"val{i}", "", label, "val") for i, label in enumerate(truth)]
-    of_all, maps = np.full(40, 0.5), np.zeros((40, 2, 2))
-    champion = View(truth, wrong, of_all, of_all, maps)
-    challenger = View(
-        truth[:18] + wrong[18:22] + truth[22:], truth[:16] + wrong[16:24] + truth[24:], of_all, of_all, maps
-    )
-    assert judge(Comparison(samples, champion, challenger), CONFIG).promoted
-    assert not judge(Comparison(samples, challenger, champion), CONFIG).promoted
+    mostly, often = RIGHT[:18] + WRONG[18:22] + RIGHT[22:], RIGHT[:16] + WRONG[16:24] + RIGHT[24:]
+    champion, challenger = answering(RIGHT, WRONG), answering(mostly, often)
+    assert judged(champion, challenger).promoted
+    assert not judged(challenger, champion).promoted
 
 
 def test_who_is_wrong_everywhere_is_refused_however_little_it_relies_on_the_context() -> None:
     """As a network that learned nothing is: no worse in another context than one that knows only the shortcut."""
-    truth, wrong = ["class0"] * 20 + ["class1"] * 20, ["class1"] * 20 + ["class0"] * 20
-    samples = [Sample(f"val{i}", "", label, "val") for i, label in enumerate(truth)]
-    of_all, maps = np.full(40, 0.5), np.zeros((40, 2, 2))
-    judgement = judge(
-        Comparison(samples, View(truth, wrong, of_all, of_all, maps), View(wrong, wrong, of_all, of_all / 5, maps)),
-        CONFIG,
-    )
+    judgement = judged(answering(RIGHT, WRONG), answering(WRONG, WRONG, reliance=0.1))
     assert not judgement.promoted
     assert judgement.reason.startswith("accuracy in both contexts 0.500 -> 0.000 (")
 

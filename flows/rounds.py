@@ -282,9 +282,10 @@ def check_before_opening(place: Workspace) -> bool:
     for name, section in SECTIONS.items():
         load_section(section, place.params, name)
     config = load_section(SelectionConfig, place.params, "selection")
-    class_names(read_manifest(place.root))
-    pool = len(_unanswered(place))
-    if config.budget > pool and not read_corrections(place.root):
+    samples, answered = read_manifest(place.root), read_corrections(place.root)
+    class_names(samples)
+    pool = len(_unanswered(samples, answered))
+    if config.budget > pool and not answered:
         raise ValueError(
             f"selection.budget is {config.budget} but the pool holds {pool} images; lower it in params.yaml"
         )
@@ -733,15 +734,14 @@ def _opened(place: Workspace, new: bool) -> Opened:
     return Opened(round_.number, new, tasks, state["promoted"], state["gate"], state.get("stopped", ""))
 
 
-def _unanswered(place: Workspace) -> list[Sample]:
+def _unanswered(samples: Sequence[Sample], answered: Mapping[str, Any]) -> list[Sample]:
     """Whom labelers can be asked about."""
-    answered = read_corrections(place.root)
-    return [one for one in read_manifest(place.root) if one.split in ("train", "pool") and one.id not in answered]
+    return [one for one in samples if one.split in ("train", "pool") and one.id not in answered]
 
 
 def _stopped(place: Workspace) -> str:
     """Why the labelers should not be asked any more, or an empty text."""
-    if not _unanswered(place):
+    if not _unanswered(read_manifest(place.root), read_corrections(place.root)):
         return "every picture of the pool is answered; `abnloop ingest` brings new ones"
     return reason_to_stop([one.read() for one in place.rounds()], load_section(StopConfig, place.params, "stop"))
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from abn.context import binarised, overlap, random_contexts, replace_context, without_objects
+from abn.context import binarised, other_pictures, overlap, replace_context, without_objects
 from abn.data import DataConfig, Pictures, augment, in_order
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH, LEVELS = 250, 16, 4e-3, 8, 3
@@ -102,7 +102,7 @@ def _trained(
         rows = torch.randint(len(taught), (BATCH_SIZE,), generator=generator)
         shown, wanted = augment(images[rows], masks[rows], config, generator)
         hard = binarised(wanted)
-        elsewhere = replace_context(shown, hard, random_contexts(without_objects(shown, hard), generator))
+        elsewhere = replace_context(shown, hard, other_pictures(without_objects(shown, hard), generator))
         moved = torch.rand(BATCH_SIZE, generator=generator).to(device) < 0.5
         shown = torch.where(moved.view(-1, 1, 1, 1), elsewhere, shown)
         logits = annotator(_in_other_light(shown, generator), labels[rows])

@@ -7,9 +7,11 @@ its class leaves the network only what the person marked. Related: CAIPI's count
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+
+SMALL = 0.1  # share of a picture; what is smaller is shown with what lies around it
 
 
 def replace_context(
@@ -42,31 +44,12 @@ def other_pictures(images: Float[Tensor, "b 3 h w"], generator: torch.Generator)
     return images[partner.to(images.device)]
 
 
-def noise(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
-    """Coloured noise of random coarseness, 0..1: a context that belongs to no class."""
-    count, channels, height, width = images.shape
-    base = torch.rand(count, channels, 1, 1, generator=generator)
-    fine = torch.rand(count, channels, height, width, generator=generator)
-    return (base + 0.5 * (fine - 0.5)).clamp(0, 1).to(images)
-
-
-def plain(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
-    """For each picture the mean colour of another one, everywhere: a context in which nothing is to be seen."""
-    return other_pictures(images, generator).mean(dim=(2, 3), keepdim=True).expand_as(images)
-
-
-def random_contexts(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
-    """Half of the time another picture of the batch, else noise or one colour."""
-    choices = torch.stack([other_pictures(images, generator), noise(images, generator), plain(images, generator)])
-    chosen = torch.multinomial(torch.tensor([0.5, 0.25, 0.25]), len(images), replacement=True, generator=generator)
-    return choices[chosen.to(images.device), torch.arange(len(images), device=images.device)]
-
-
 def with_holes(masks: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
     """Masks that, with probability `rate`, lack a rectangle of up to 0.4 of the height and 0.6 of the width.
 
     A mark that lies on the object leaves a hole in its mask, at a place that tells the class; holes anywhere in
-    any mask make holes tell less. Related: random erasing (Zhong et al., AAAI 2020).
+    any mask make holes tell less. A hole that would leave less than half of what is marked is not made. Related:
+    random erasing (Zhong et al., AAAI 2020).
     """
     count, _, height, width = masks.shape
     random = torch.rand(5, count, generator=generator)
@@ -76,7 +59,9 @@ def with_holes(masks: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Ge
     inside_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
     holes = inside_rows[:, None, :, None] & inside_columns[:, None, None, :] & (random[4] < rate).view(-1, 1, 1, 1)
-    return masks * ~holes.to(masks.device)
+    cut = masks * ~holes.to(masks.device)
+    fits = cut.sum(dim=(1, 2, 3)) >= masks.sum(dim=(1, 2, 3)) / 2
+    return torch.where(fits.view(-1, 1, 1, 1), cut, masks)
 
 
 def shrunk(masks: Float[Tensor, "b 1 h w"], most: int, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
@@ -92,6 +77,41 @@ def shrunk(masks: Float[Tensor, "b 1 h w"], most: int, generator: torch.Generato
         fits = (wanted >= rim) & (smaller.sum(dim=(1, 2, 3)) >= area / 2)
         result = torch.where(fits.view(-1, 1, 1, 1), smaller, result)
     return result
+
+
+def is_small(masks: Float[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 1 1"]:
+    """Whether less than `SMALL` of the picture is marked."""
+    return masks.mean(dim=(1, 2, 3), keepdim=True) < SMALL
+
+
+def with_surroundings(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Small masks grown, a pixel at a time, until they are no longer small; others, and empty ones, as they are.
+
+    A spot on a leaf is known by what lies around it: cut out alone it is like nothing that is ever seen.
+    """
+    wide = masks
+    for _ in range(max(masks.shape[-2:]) // 4):
+        small = is_small(wide) & masks.any(dim=(1, 2, 3), keepdim=True)
+        if not small.any():
+            break
+        wide = torch.where(small, F.max_pool2d(wide, 3, stride=1, padding=1), wide)
+    return wide
+
+
+def in_pieces(masks: Float[Tensor, "b 1 h w"], generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
+    """Masks of more than half of a picture, cut to the shape of another picture's that is not as large.
+
+    The evidence of a class that is defined by absence is everywhere. Were its pictures shown whole and all others in
+    part, that alone would tell the class.
+    """
+    share = masks.mean(dim=(1, 2, 3))
+    shapes = ((share > 0) & (share <= 0.5)).nonzero()[:, 0].cpu()
+    if not len(shapes):
+        return masks
+    chosen = shapes[torch.randint(len(shapes), (len(masks),), generator=generator)]
+    pieces = masks * masks[chosen.to(masks.device)]
+    cut = (share > 0.5) & pieces.any(dim=(1, 2, 3))
+    return torch.where(cut.view(-1, 1, 1, 1), pieces, masks)
 
 
 def overlap(first: Float[Tensor, "b 1 h w"], second: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:

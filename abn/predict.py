@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from abn import parallel
 from abn.attention import context_reliance, equivariance_loss
 from abn.config import load_section
-from abn.context import binarised, other_pictures, replace_context, without_objects
+from abn.context import binarised, other_pictures, replace_context, with_surroundings, without_objects
 from abn.data import Pictures, in_order, loader, resize_mask
 from abn.early import read_early_confidence
 from abn.manifest import Sample
@@ -122,7 +122,8 @@ def _in_another_context(
 ) -> Float[np.ndarray, "b k"]:
     answers = np.full((len(images), len(model.classes)), np.nan, dtype=np.float32)
     if gold.any():
-        marked = binarised(masks)  # a second object in the context would be another answer that is right
+        marked = with_surroundings(binarised(masks))
+        # A second object in the context would be another answer that is right.
         replaced = replace_context(images, marked, other_pictures(without_objects(images, marked), generator))
         answers[gold.numpy()] = _softmax(model.network(replaced[gold.to(images.device)]).logits)
     return answers

@@ -24,7 +24,17 @@ from torch.nn import functional as F
 from abn import parallel
 from abn.annotator import annotate
 from abn.config import load_section
-from abn.context import binarised, random_contexts, replace_context, shrunk, with_holes, without_objects
+from abn.context import (
+    binarised,
+    in_pieces,
+    is_small,
+    other_pictures,
+    replace_context,
+    shrunk,
+    with_holes,
+    with_surroundings,
+    without_objects,
+)
 from abn.data import (
     Batch,
     DataConfig,
@@ -220,10 +230,13 @@ class Objective:
         for, the more often the further it is trusted."""
         config = self.settings.corrections
         rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
-        keep = binarised(masks)
-        contexts = random_contexts(without_objects(images, keep), generator)
-        keep = shrunk(keep, round(config.shrink * max(keep.shape[-2:])), generator)
-        replaced = replace_context(images, with_holes(keep, config.holes, generator), contexts)
+        marked = binarised(masks)
+        keep = with_surroundings(marked)
+        contexts = other_pictures(without_objects(images, keep), generator)
+        keep = in_pieces(keep, generator)
+        less = shrunk(keep, round(config.shrink * max(keep.shape[-2:])), generator)
+        keep = torch.where(is_small(marked), keep, with_holes(less, config.holes, generator))
+        replaced = replace_context(images, keep, contexts)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 

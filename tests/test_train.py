@@ -17,12 +17,14 @@ from torch import Tensor
 from abn import train as training
 from abn.context import (
     binarised,
+    in_pieces,
+    is_small,
     other_pictures,
     overlap,
-    random_contexts,
     replace_context,
     shrunk,
     with_holes,
+    with_surroundings,
     without_objects,
 )
 from abn.data import Batch, Pictures
@@ -382,15 +384,6 @@ def test_a_context_comes_from_another_picture_and_each_gives_one(count: int) -> 
         assert (others != torch.arange(count)).all()
 
 
-def test_half_of_the_contexts_are_pictures_a_quarter_noise_a_quarter_one_colour() -> None:
-    pictures = torch.rand(2000, 3, 2, 2, generator=generator()) + 2  # noise is 0..1
-    contexts = random_contexts(pictures, generator())
-    uniform = (contexts == contexts[..., :1, :1]).all(dim=(1, 2, 3)).float().mean().item()
-    noise = (contexts < 1.1).all(dim=(1, 2, 3)).float().mean().item()
-    others = torch.isin(contexts[:, 0, 0, 0], pictures[:, 0, 0, 0]).float().mean().item()
-    assert (uniform, noise, others) == pytest.approx((0.25, 0.25, 0.5), abs=0.04)
-
-
 def test_a_mask_is_cut_at_a_half() -> None:
     assert binarised(torch.tensor([[[[0.0, 0.5, 0.6, 1.0]]]]))[0, 0, 0].tolist() == [0, 0, 1, 1]
 
@@ -408,6 +401,31 @@ def test_holes_are_rectangles_in_as_many_masks_as_asked() -> None:
         rows[5] = hole[5].any()
         assert hole.sum() == rows.sum() * columns.sum()
         assert rows.sum() <= 8 and columns.sum() <= 18
+
+
+def test_a_hole_leaves_at_least_half_of_what_is_marked() -> None:
+    masks = torch.zeros(400, 1, 20, 30)
+    masks[:, :, 8:12, 12:18] = 1
+    areas = with_holes(masks, 1.0, generator()).sum(dim=(1, 2, 3))
+    assert areas.min() >= 12 and (areas < 24).any() and (areas == 24).any()
+
+
+def test_what_is_small_is_shown_with_its_surroundings() -> None:
+    spot, large, nothing = torch.zeros(3, 1, 1, 40, 40)
+    spot[..., 20, 20] = 1
+    large[..., :20, :] = 1
+    wide = with_surroundings(torch.cat([spot, large, nothing]))
+    assert wide[0, 0, 14:27, 14:27].all() and wide[0].sum() == 13 * 13  # the first square over 160 pixels
+    assert torch.equal(wide[1:], torch.cat([large, nothing]))
+    assert is_small(torch.cat([spot, large, nothing, wide[:1]])).flatten().tolist() == [True, False, True, False]
+
+
+def test_a_class_that_shows_everywhere_is_shown_in_pieces_of_the_others_shapes() -> None:
+    whole, left = torch.ones(1, 1, 6, 6), torch.zeros(1, 1, 6, 6)
+    left[..., :2] = 1
+    shown = in_pieces(torch.cat([whole, left, whole]), generator())
+    assert torch.equal(shown, torch.cat([left, left, left]))
+    assert torch.equal(in_pieces(whole, generator()), whole), "there is no other shape"
 
 
 def test_a_mask_shrinks_by_pixels_but_never_by_more_than_half() -> None:

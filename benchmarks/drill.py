@@ -141,6 +141,7 @@ def runner(workspace: str) -> None:
                 _run(flow, open_workspace(root), [Event(*event) for event in events])
                 code = 0
             except Exception:  # noqa: BLE001  # how a run fails is what is looked at
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
@@ -418,6 +419,8 @@ def _words(ended: Ended) -> str:
     if ended.code < 0:
         return f"killed ({signal.Signals(-ended.code).name})"
     said = re.sub(r"[0-9a-f]{40}", "COMMIT", " ".join(ended.said.split()))
+    said = re.sub(r"\S*/copies/case\d+", "WORKSPACE", said)
+    said = re.sub(r"pid \d+ on \S+, since [^)]*", "PID, HOST, TIME", said)
     return f"exit {ended.code}: {said}" if ended.code else said
 
 

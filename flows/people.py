@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from abn.manifest import mask_sha256
-from flows.workspace import Workspace, read_json, write_json
+from flows.workspace import Round, Workspace, read_json, read_table, write_json
 from labeling.client import LabelStudio
 from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreement
 from labeling.studio import access_token
@@ -82,6 +81,11 @@ def still_standing(
     return {sample: row for sample, row in rows.items() if not set(row["annotation"].split(" ")) <= read}
 
 
+def latest_annotations(rounds: Iterable[Round]) -> dict[str, dict[str, str]]:
+    """The rows of the rounds' own tables by id of the annotation; of one that was changed the last."""
+    return {row["annotation"]: row for round_ in rounds for row in read_table(round_.corrections)}
+
+
 def labeler_report(place: Workspace) -> list[dict[str, Any]]:
     """A mapping for each labeler, in order of their email, from the files of the collected rounds alone.
 
@@ -90,13 +94,8 @@ def labeler_report(place: Workspace) -> list[dict[str, Any]]:
     the maps that they fixed from those that they were shown (None: there is nothing to take the mean of);
     `verdicts` counts each, `skipped` and `set_aside` what nothing was learned from.
     """
-    latest: dict[str, dict[str, str]] = {}
-    for round_ in place.rounds():
-        if round_.corrections.is_file():
-            with round_.corrections.open(newline="", encoding="utf-8") as file:
-                latest |= {row["annotation"]: row for row in csv.DictReader(file)}
     by_labeler: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for row in latest.values():
+    for row in latest_annotations(place.rounds()).values():
         by_labeler[row["labeler"]].append(row)
     return [_report(labeler, by_labeler[labeler]) for labeler in sorted(by_labeler)]
 

@@ -44,7 +44,14 @@ from flows.gallery import Seen, gallery, gold_rows, map_tile, read_rgb, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
 from flows.lineage import DATA, find_round, learned_withdrawn, record, trace
 from flows.lineage_report import as_json, describe, describe_history, draw
-from flows.people import ANNOTATION_COLUMNS, annotation_rows, correction_row, simulated_labelers, still_standing
+from flows.people import (
+    ANNOTATION_COLUMNS,
+    annotation_rows,
+    correction_row,
+    latest_annotations,
+    simulated_labelers,
+    still_standing,
+)
 from flows.processes import stop_marked
 from flows.progress import report
 from flows.services import addresses
@@ -647,7 +654,9 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     """Version masks and annotations, commit, tag the round, tell MLflow; the commit."""
     git, dvc, state = Git(place.root), Dvc(place.root), round_.read()
     verdicts = dict(sorted(Counter(one.verdict for one in answers.corrections).items()))
-    minutes = round(sum(one.minutes for one in answers.opinions), 2)
+    earlier = latest_annotations(one for one in place.rounds() if one.number < round_.number)
+    spent = {number: float(row["minutes"]) for number, row in earlier.items()}  # a changed annotation brings them again
+    minutes = round(sum(max(0.0, one.minutes - spent.get(str(one.annotation), 0.0)) for one in answers.opinions), 2)
     found = {
         "collected": len(answers.corrections),
         "verdicts": verdicts,

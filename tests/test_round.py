@@ -40,9 +40,10 @@ from flows import services
 from flows.digits import write_digits
 from flows.gallery import GAP, TILE
 from flows.ingest import change_settings, init_workspace
+from flows.people import latest_annotations
 from flows.summary import summarise
 from flows.versions import Dvc, Git
-from flows.workspace import Workspace, open_workspace, read_json, write_json
+from flows.workspace import Workspace, open_workspace, read_json, read_table, write_json
 from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
 from labeling.tasks import as_mask, mask_result, read_mask, verdict_results
 
@@ -725,6 +726,14 @@ def test_what_was_said_after_a_round_had_closed_enters_the_next(place: Workspace
     before = git(place, "show", "round/0001:data/corrections.csv")
     (was,) = [line for line in before.splitlines() if line.startswith(f"{second.changed},")]
     assert "whole_image" not in was, "the first round stays what it was"
+
+
+def test_the_minutes_of_an_annotation_that_is_changed_later_count_once(place: Workspace, second: Second) -> None:
+    first_rows, rows = (read_table(place.round(number).corrections) for number in (1, 2))
+    assert {row["annotation"] for row in first_rows} & {row["annotation"] for row in rows}
+    latest = latest_annotations(place.rounds()).values()
+    learned_from = sum(float(row["minutes"]) for row in latest if row["verdict"])
+    assert sum(one["minutes"] for one in summarise(place)) == pytest.approx(learned_from, abs=0.03)
 
 
 def test_the_first_round_is_the_control(place: Workspace, second: Second) -> None:

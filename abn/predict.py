@@ -122,10 +122,12 @@ def _in_another_context(
 ) -> Float[np.ndarray, "b k"]:
     answers = np.full((len(images), len(model.classes)), np.nan, dtype=np.float32)
     if gold.any():
-        marked = with_surroundings(binarised(masks))
-        # A second object in the context would be another answer that is right.
+        # Contexts come from pictures whose object can be taken out: a second one would be another answer that is right.
+        # A single picture has to take what there is.
+        among = (gold if gold.sum() > 1 else torch.ones_like(gold)).to(images.device)
+        images, marked = images[among], with_surroundings(binarised(masks[among]))
         replaced = replace_context(images, marked, other_pictures(without_objects(images, marked), generator))
-        answers[gold.numpy()] = _softmax(model.network(replaced[gold.to(images.device)]).logits)
+        answers[gold.numpy()] = _softmax(model.network(replaced[gold.to(images.device)[among]]).logits)
     return answers
 
 

@@ -131,6 +131,20 @@ def test_another_context_changes_the_answer_and_the_seed_repeats_it(root: Path, 
     assert not np.array_equal(first, other)
 
 
+def test_contexts_come_from_pictures_whose_object_is_known(
+    root: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def others(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        given.append(len(images))
+        return images.flip(0)
+
+    monkeypatch.setattr(predict, "other_pictures", others)
+    found = predictions_of(root, model, 30)
+    assert given == [found.has_gold.sum()] and 1 < given[0] < 30
+
+
 def test_shards_are_read_as_one_table_and_older_ones_go(
     root: Path, model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

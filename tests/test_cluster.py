@@ -186,7 +186,8 @@ def test_docker_compose_reads_the_compose_file() -> None:
     needed = set(re.findall(r"\$\{(\w+):\?", (PROJECT / "compose.yaml").read_text()))
     run = compose_config(**dict.fromkeys(needed, PASSWORD))
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["services"].keys() == COMPOSE["services"].keys()
+    found = json.loads(run.stdout)["services"]
+    assert found.keys() == COMPOSE["services"].keys() and all("image" in one for one in found.values())
     for missing in needed:
         run = compose_config(**dict.fromkeys(needed - {missing}, PASSWORD))
         assert run.returncode != 0 and f"required variable {missing} is missing" in run.stderr

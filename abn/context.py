@@ -64,21 +64,6 @@ def with_holes(masks: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Ge
     return torch.where(fits.view(-1, 1, 1, 1), cut, masks)
 
 
-def shrunk(masks: Float[Tensor, "b 1 h w"], most: int, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
-    """Masks less a rim of 0 to `most` pixels, no wider than leaves half of what is marked.
-
-    People paint over the edge, and what a mask holds beside its object it teaches; too little does far less harm.
-    """
-    wanted = torch.randint(0, most + 1, (len(masks),), generator=generator).to(masks.device)
-    result, smaller, area = masks, masks, masks.sum(dim=(1, 2, 3))
-    for rim in range(1, most + 1):
-        # A pixel at a time: the wide windows that would do it at once cost their area.
-        smaller = 1 - F.max_pool2d(F.pad(1 - smaller, (1, 1, 1, 1), value=1.0), 3, stride=1)
-        fits = (wanted >= rim) & (smaller.sum(dim=(1, 2, 3)) >= area / 2)
-        result = torch.where(fits.view(-1, 1, 1, 1), smaller, result)
-    return result
-
-
 def is_small(masks: Float[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 1 1"]:
     """Whether less than `SMALL` of the picture is marked."""
     return masks.mean(dim=(1, 2, 3), keepdim=True) < SMALL

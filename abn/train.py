@@ -30,7 +30,6 @@ from abn.context import (
     is_small,
     other_pictures,
     replace_context,
-    shrunk,
     with_holes,
     with_surroundings,
     without_objects,
@@ -78,10 +77,10 @@ class CorrectionsConfig:
     context_rate: float
     propagate_rate: float
     holes: float
-    shrink: float
+    narrow: bool = True  # settings from before it say nothing of it
 
     def __post_init__(self) -> None:
-        for name in ("share", "context_rate", "propagate_rate", "holes", "shrink"):
+        for name in ("share", "context_rate", "propagate_rate", "holes"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"corrections.{name} is {getattr(self, name)}; it must be from 0 to 1")
 
@@ -130,7 +129,10 @@ def train(
     if settings.corrections.recipe == "none":
         corrected = []
 
-    if corrected and settings.corrections.recipe == "context" and settings.corrections.propagate_rate:
+    rim, in_context = 0, bool(corrected) and settings.corrections.recipe == "context"
+    if in_context and settings.corrections.narrow:
+        rim = pictures.narrow_masks()
+    if in_context and settings.corrections.propagate_rate:
         pictures.drawn, pictures.trust = parallel.from_first(
             lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
         )
@@ -172,7 +174,7 @@ def train(
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         seconds = time.perf_counter() - began
         line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
-        line |= {"propagated": len(pictures.drawn), "trust": pictures.trust}
+        line |= {"propagated": len(pictures.drawn), "trust": pictures.trust, "rim": rim}
         if parallel.is_first():
             history.add(line)
             on_epoch(line)
@@ -234,8 +236,7 @@ class Objective:
         keep = with_surroundings(marked)
         contexts = other_pictures(without_objects(images, keep), generator)
         keep = in_pieces(keep, generator)
-        less = shrunk(keep, round(config.shrink * max(keep.shape[-2:])), generator)
-        keep = torch.where(is_small(marked), keep, with_holes(less, config.holes, generator))
+        keep = torch.where(is_small(marked), keep, with_holes(keep, config.holes, generator))
         replaced = replace_context(images, keep, contexts)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
@@ -323,6 +324,8 @@ def run(stage: Stage) -> None:
         return
 
     def say(line: dict[str, float]) -> None:
+        if line["epoch"] == 1 and line["rim"]:
+            print(f"the masks that people painted are {line['rim']} pixels too wide; that rim is taken off", flush=True)
         print(
             f"epoch {line['epoch']}/{settings.train.epochs}  loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}"
             f"  {line['seconds']:.1f} s",

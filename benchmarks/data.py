@@ -73,7 +73,7 @@ def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[D
     """A folder with an index.csv: the columns image, cls or label, mask, and perhaps split or group.
 
     Rows of split val are test too: nothing is chosen on them here, and small tests need them. Where no split is
-    given, 0.3 of the groups are test. No more than `train` pictures are trained on.
+    given, 0.3 of the groups are test. No more than `train` pictures are trained on, the classes taking turns.
     """
     with (path / "index.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -93,7 +93,10 @@ def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[D
         groups = np.array([row.get("group") or str(number) for number, row in enumerate(rows)])
         names = np.unique(groups)
         tested = np.isin(groups, generator.permutation(names)[: round(0.3 * len(names))])
-    return data[generator.permutation(np.flatnonzero(~tested))[:train]], data[np.flatnonzero(tested)]
+    trained = generator.permutation(np.flatnonzero(~tested))
+    if len(trained) > train:
+        trained = trained[choose(data.labels[trained], range(len(trained)))[:train]]
+    return data[trained], data[np.flatnonzero(tested)]
 
 
 def _read(path: Path, mode: str, size: tuple[int, int]) -> np.ndarray:

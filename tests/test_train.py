@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from abn.context import (
     other_pictures,
     overlap,
     replace_context,
-    shrunk,
     with_holes,
     with_surroundings,
     without_objects,
@@ -254,8 +254,12 @@ def test_a_champion_of_another_kind_is_refused_in_one_line(root: Path, tmp_path:
 # --- what a mask adds to the objective
 
 
+def pictures_of(root: Path) -> Pictures:
+    return Pictures(root, training_samples(read_manifest(root)), ["dark", "light"], (SIZE, SIZE))
+
+
 def batch_of(root: Path, indices: list[int]) -> Batch:
-    return Pictures(root, training_samples(read_manifest(root)), ["dark", "light"], (SIZE, SIZE))[indices]
+    return pictures_of(root)[indices]
 
 
 class Recorder(ABN):
@@ -275,7 +279,7 @@ def objective(settings: Settings) -> tuple[Objective, Recorder]:
 
 def still(**corrections: Any) -> Settings:
     """Nothing moves, and masks are used as they are."""
-    return tiny_settings(data={"flip": False, "shift": 0}, corrections={"holes": 0.0, "shrink": 0.0, **corrections})
+    return tiny_settings(data={"flip": False, "shift": 0}, corrections={"holes": 0.0, "narrow": False, **corrections})
 
 
 def test_the_map_loss_of_a_worked_example() -> None:
@@ -343,7 +347,7 @@ def test_no_context_is_replaced_at_rate_zero_or_by_the_recipe_of_the_paper(root:
 
 def test_what_the_annotator_drew_is_used_as_far_as_it_is_trusted(root: Path) -> None:
     correct(root, MASKS)
-    pictures = Pictures(root, training_samples(read_manifest(root)), ["dark", "light"], (SIZE, SIZE))
+    pictures = pictures_of(root)
     drawn = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
     drawn[:, 3:11, 3:11] = 200
     pictures.drawn, kept = dict.fromkeys(range(13, 20), drawn), drawn[0] > 0
@@ -428,15 +432,26 @@ def test_a_class_that_shows_everywhere_is_shown_in_pieces_of_the_others_shapes()
     assert torch.equal(in_pieces(whole, generator()), whole), "there is no other shape"
 
 
-def test_a_mask_shrinks_by_pixels_but_never_by_more_than_half() -> None:
-    mask = torch.zeros(300, 1, 12, 12)
-    mask[:, :, :8, 2:10] = 1  # at the picture's edge too, what is outside does not count as marked
-    sizes = {int(one.sum()) for one in shrunk(mask, 3, generator())}
-    assert sizes == {64, 36}  # 8x8, 6x6; 4x4 would be a quarter
-    assert torch.equal(shrunk(mask, 0, generator()), mask)
-    line = torch.zeros(8, 1, 12, 12)
-    line[:, :, 6] = 1
-    assert torch.equal(shrunk(line, 3, generator()), line)
+@pytest.mark.parametrize(
+    ("verdict", "corrections", "rim"),
+    [
+        ("map_fixed", {}, 2),
+        ("map_fixed", {"narrow": False}, 0),
+        ("map_fixed", {"recipe": "paper"}, 0),
+        ("map_ok", {}, 0),  # nobody painted it: it is as wide as the network drew it
+    ],
+)
+def test_masks_that_were_painted_too_wide_lose_their_rim(
+    root: Path, tmp_path: Path, verdict: str, corrections: dict[str, Any], rim: int
+) -> None:
+    wide = {name: ndimage.maximum_filter(mask, 5) for name, mask in MASKS.items()}
+    correct(root, wide, verdict)
+    _, lines = run(root, tiny_settings(train={"epochs": 1}, corrections=corrections), tmp_path / "results")
+    assert [line["rim"] for line in lines] == [rim]
+    pictures = pictures_of(root)
+    assert pictures.narrow_masks() == (2 if verdict == "map_fixed" else 0)
+    found = pictures[[1, 12]].masks[0, 0].numpy()
+    assert np.array_equal(found, MASKS["train01"] if verdict == "map_fixed" else wide["train01"])
 
 
 # --- the point of it all

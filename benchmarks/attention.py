@@ -51,10 +51,10 @@ from benchmarks.correction import (
     PREDICT,
     Problem,
     Spec,
+    problem_of,
+    problem_parser,
     seeds_of,
     settings_with,
-    shortcut_parser,
-    shortcut_problem,
 )
 
 SHOWN = 8  # pictures of the figure
@@ -269,17 +269,15 @@ def summary(runs: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = shortcut_parser("attention", __doc__)
+    parser = problem_parser("attention", __doc__, size=(16, 16), epochs=20, fraction=0.2, seeds=5)
     add = parser.add_argument
     add("--budget", type=int, default=30, help="maps that are asked about (30)")
-    add("--seeds", default="5", help="5: 0 to 4; 100-102; 3,7")
     add("--picture", type=Path, help="PNG of the explanations side by side, of the last seed")
-    add("--json", type=Path, help="file for the figures")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    spec, changes = shortcut_problem(options)
+    spec, changes = problem_of(options)
     runs = []
     for seed in seeds_of(options.seeds):
         runs.append(run_seed(spec, seed, changes, options.budget, options.picture))

@@ -257,54 +257,27 @@ def seeds_of(text: str) -> list[int]:
     return list(range(int(first), int(last) + 1)) if dash else list(range(int(text)))
 
 
-def shortcut_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that name a problem in which some classes carry the confound, for the benchmarks that ask whom to
-    look at; `shortcut_problem` reads them."""
+def problem_parser(
+    name: str, description: str | None, size: tuple[int, int] | None, epochs: int | None, fraction: float, seeds: int
+) -> argparse.ArgumentParser:
+    """The options that name a problem, with what they are by default; `problem_of` reads them."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    add = parser.add_argument
-    add("--data", default="digits", help="as in benchmarks.correction")
-    add("--path", default="", help="where it lies")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(16, 16), help="pixels (16 16)")
-    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
-    add("--epochs", type=int, default=20)
-    add("--confound", choices=list(CONFOUNDS), default="patch")
-    add("--fraction", type=float, default=0.2, help="of the classes carry the confound in training (0.2)")
-    return parser
-
-
-def shortcut_problem(options: argparse.Namespace) -> tuple[Spec, dict[str, Any]]:
-    """The problem, and the changes to params.yaml that it is trained with."""
-    size = tuple(options.size)
-    spec = Spec(options.data, options.path, size, options.train, options.confound, options.fraction, 0, "none")
-    _, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
-    return spec, {"data.flip": flip, "model.backbone": "cifar_resnet8", "train.epochs": options.epochs}
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.correction", description=__doc__)
     add = parser.add_argument
     add("--data", default="digits", help="digits, mnist, coffee_leaf, magnetic_tile, or a folder with an index.csv")
     add("--path", default="", help="where it lies: its folder, or the folder above")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels that the network sees")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=size, help="pixels that the network sees")
     add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
-    add("--epochs", type=int, help="of each arm (what params.yaml says)")
+    add("--epochs", type=int, default=epochs, help=f"of each training ({epochs or 'what params.yaml says'})")
     add("--confound", choices=list(CONFOUNDS), default="patch")
-    add("--fraction", type=float, default=1.0, help="of the classes carry the confound in training (1.0)")
-    add("--corrections", type=int, default=30, help="pictures that get a mask (30)")
-    add("--faults", choices=["none", "hasty"], default="none", help="of the masks")
-    add("--seeds", default="5", help="5: 0 to 4; 100-102; 3,7")
-    add("--arms", default="paper,l2,context,default", help=f"of {', '.join(ARMS)}")
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml, before the arm's own")
-    add("--keep", type=Path, help="folder for the figures of single trainings")
+    add("--fraction", type=float, default=fraction, help=f"of the classes carry the confound in training ({fraction})")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml")
+    add("--seeds", default=str(seeds), help=f"5: 0 to 4; 100-102; 3,7 ({seeds})")
     add("--json", type=Path, help="file for the figures")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures as a mapping, ready for JSON. Raises ValueError for an unknown arm, setting or data set."""
-    arms = options.arms.split(",")
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise ValueError(f"--arms names {unknown[0]!r}; known: {', '.join(ARMS)}")
+def problem_of(options: argparse.Namespace, corrections: int = 0, faults: str = "none") -> tuple[Spec, dict[str, Any]]:
+    """The problem, and the changes to params.yaml that it is trained with."""
     size, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
     changes: dict[str, Any] = {"data.flip": flip, "model.backbone": "cifar_resnet8"}
     if options.epochs:
@@ -319,9 +292,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.train,
         options.confound,
         options.fraction,
-        options.corrections,
-        options.faults,
+        corrections,
+        faults,
     )
+    return spec, changes
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = problem_parser("correction", __doc__, size=None, epochs=None, fraction=1.0, seeds=5)
+    add = parser.add_argument
+    add("--corrections", type=int, default=30, help="pictures that get a mask (30)")
+    add("--faults", choices=["none", "hasty"], default="none", help="of the masks")
+    add("--arms", default="paper,l2,context,default", help=f"of {', '.join(ARMS)}")
+    add("--keep", type=Path, help="folder for the figures of single trainings")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures as a mapping, ready for JSON. Raises ValueError for an unknown arm, setting or data set."""
+    arms = options.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"--arms names {unknown[0]!r}; known: {', '.join(ARMS)}")
+    spec, changes = problem_of(options, options.corrections, options.faults)
     seeds = seeds_of(options.seeds)
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)

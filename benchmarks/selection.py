@@ -38,10 +38,10 @@ from benchmarks.correction import (
     PREDICT,
     Problem,
     Spec,
+    problem_of,
+    problem_parser,
     seeds_of,
     settings_with,
-    shortcut_parser,
-    shortcut_problem,
 )
 from labeling.simulator import GOOD_ENOUGH_IOU, SECONDS
 
@@ -159,14 +159,12 @@ def draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Non
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = shortcut_parser("selection", __doc__)
+    parser = problem_parser("selection", __doc__, size=(16, 16), epochs=20, fraction=0.2, seeds=3)
     add = parser.add_argument
     add("--minutes", type=float, default=2.0, help="of labelers a round, by what each picture is expected to take (2)")
     add("--rounds", type=int, default=3)
     add("--strategies", default=",".join(STRATEGIES), help="of " + ", ".join(STRATEGIES))
-    add("--seeds", default="3", help="5: 0 to 4; 100-102; 3,7")
     add("--plot", type=Path, help="PNG of accuracy against minutes")
-    add("--json", type=Path, help="file for the figures")
     return parser.parse_args(arguments)
 
 
@@ -175,7 +173,7 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     strategies = options.strategies.split(",")
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise ValueError(f"--strategies names {unknown[0]!r}; known: {', '.join(STRATEGIES)}")
-    spec, changes = shortcut_problem(options)
+    spec, changes = problem_of(options)
     runs = []
     for seed in seeds_of(options.seeds):
         runs.append(run_seed(spec, seed, strategies, options.minutes, options.rounds, changes))

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-CLEARER = 1.2  # times the contour at the rim, less than this inside it is no sign
-NEARLY = 0.9  # of the strongest contour: the innermost depth that has so much, since too little does less harm
+CLEARER = 1.2  # times the contour at the rim; less inside is no sign, boxes around objects have that much
+LEFT = 0.25  # of each mask's area, at least
 
 
 def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"]) -> int:
@@ -40,15 +40,16 @@ def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"])
         inner = smaller
     if not strengths or max(strengths) <= CLEARER * strengths[0]:
         return 0
-    return max(depth for depth, strength in enumerate(strengths) if strength >= NEARLY * max(strengths))
+    return strengths.index(max(strengths))
 
 
 def without_rim(masks: Float[Tensor, "b 1 h w"], width: int) -> Float[Tensor, "b 1 h w"]:
-    """Masks, 0..1, less a rim of `width` pixels, or of as many as leave something of each. The edge of the picture is a
+    """Masks, 0..1, less a rim of `width` pixels, or of as many as leave a quarter of each. The edge of the picture is a
     rim too: what was painted up to it may have been painted over what ends before it."""
+    least = LEFT * masks.sum(dim=(1, 2, 3), keepdim=True)
     for _ in range(width):
         smaller = _less_a_pixel(masks, beyond_the_picture=0.0)
-        masks = torch.where(smaller.amax(dim=(1, 2, 3), keepdim=True) > 0.5, smaller, masks)
+        masks = torch.where(smaller.sum(dim=(1, 2, 3), keepdim=True) >= least, smaller, masks)
     return masks
 
 

@@ -47,13 +47,21 @@ def test_without_a_rim_or_a_contour_nothing_is_too_wide() -> None:
     assert rim_width(torch.full_like(images, 0.5), grown(masks, 3)) == 0
 
 
-def test_a_rim_is_taken_off_but_something_is_left_of_each_mask() -> None:
-    masks = torch.zeros(3, 1, 12, 12)
+def test_a_box_around_an_object_is_hardly_too_wide() -> None:
+    images, masks = discs()
+    boxes = masks.amax(dim=3, keepdim=True) * masks.amax(dim=2, keepdim=True)
+    assert rim_width(images, boxes) <= 1
+
+
+def test_a_rim_is_taken_off_but_a_quarter_is_left_of_each_mask() -> None:
+    masks = torch.zeros(4, 1, 12, 12)
     masks[0, :, 2:11, 2:11] = 1
     masks[1, :, 6] = 1
     masks[2, :, :8] = 1  # at the edge of the picture, which is a rim too
+    masks[3, :, 2:7, 2:7] = 1
     narrow = without_rim(masks, 2)
     assert narrow[0].sum() == 25 and narrow[0, 0, 4:9, 4:9].all()
     assert torch.equal(narrow[1], masks[1])
     assert narrow[2].sum() == 4 * 8
+    assert narrow[3].sum() == 9, "one would be left of 25"
     assert torch.equal(without_rim(masks, 0), masks)

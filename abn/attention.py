@@ -45,7 +45,7 @@ def context_reliance(original: Float[np.ndarray, "n k"], replaced: Float[np.ndar
     """How far the answer moves when everything outside the mask is replaced: total variation, 0..1, lower is better.
 
     sum |p - p'| / 2. Of all scores here it alone measures the decision and not the picture of it. Without a mask the
-    same is asked of the picture's margin, where the object seldom is (`margin_reliance` of the predictions).
+    same is asked of the picture's corners, where the object seldom is (`corner_reliance` of the predictions).
     """
     return np.abs(original - replaced).sum(axis=1) / 2
 

@@ -1,10 +1,10 @@
 """How likely is it that a map is unreasonable: from what the network does, and from people's verdicts once there are.
 
-Before any verdict two signals speak, whichever is louder: the answer moves with the picture's margin, where the object
-seldom is, and the sample was learned earlier than others. Both are averaged over the nearest neighbours by embedding,
-since a shortcut is shared by many pictures. Verdicts then teach a logistic regression where in the embedding the
-unreasonable maps are; the two signals go on counting like a few verdicts more. What was tried beside these, and what
-it was worth, is in benchmarks/README.md.
+Before any verdict two signals speak: the answer moves with the picture's corners, where the object seldom is, and the
+sample was learned earlier than others. Both are averaged over the nearest neighbours by embedding, since a shortcut is
+shared by many pictures, and count as far as they stand out from what is usual in the pool. Verdicts then teach a
+logistic regression where in the embedding the unreasonable maps are; the two signals go on counting like a few
+verdicts more. What was tried beside these, and what it was worth, is in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from sklearn.neighbors import NearestNeighbors
 from abn.predictions import Answers
 
 NEIGHBOURS = 20
+EVEN = 3.0  # deviations from the usual at which one signal alone makes it as likely as not
+LOUDEST = 10.0  # deviations that count at most
+QUIET = 0.02  # added to a deviation: signals that hardly differ at all tell nothing
 WORTH = 10.0  # verdicts that the signals count like
 
 
@@ -31,9 +34,12 @@ class Doubt:
     ) -> None:
         self.reference = reference
         self.centre = reference.embeddings.mean(axis=0, dtype=np.float64)
-        self.loud = (reference.margin_reliance.astype(np.float64) ** 2 + self.early_rank(reference) ** 2) / 2
         count = min(NEIGHBOURS, len(reference))
         self.near = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(self.directions(reference))
+        self.signals = np.column_stack([reference.corner_reliance.astype(np.float64), self.early_rank(reference)])
+        shared = self._shared(reference)
+        self.usual = np.median(shared, axis=0)
+        self.deviation = 1.4826 * np.median(np.abs(shared - self.usual), axis=0) + QUIET  # of a normal one its sigma
         self.regression: LogisticRegression | None = None
         if told is not None and verdicts is not None and len(told):
             self._learn(told, verdicts)
@@ -50,10 +56,19 @@ class Doubt:
     def suspicion(self, answers: Answers) -> Float[np.ndarray, "n"]:
         """How much speaks against each map before any verdict, 0..1, higher is worse; for ranking, not a probability.
 
-        Mean over the 20 nearest of the reference, itself among them if it is one, of
-        (margin_reliance^2 + early_rank^2) / 2.
+        1 - (1 - Z / (Z + 9)) (1 - c^2). c is the corner reliance, the mean over the 20 nearest of the reference (itself
+        among them if it is one); Z sums over c and the early rank, such a mean too, the square of how many
+        deviations (median absolute, robust to the unreasonable ones) it lies above the reference's median. Where the
+        whole pool shares a shortcut nobody stands out, but c speaks for itself.
         """
-        return self.loud[self.near.kneighbors(self.directions(answers), return_distance=False)].mean(axis=1)
+        shared = self._shared(answers)
+        loud = np.clip((shared - self.usual) / self.deviation, 0, LOUDEST)
+        stands_out = (loud**2).sum(axis=1)
+        return 1 - (1 - stands_out / (stands_out + EVEN**2)) * (1 - shared[:, 0] ** 2)
+
+    def _shared(self, answers: Answers) -> Float[np.ndarray, "n 2"]:
+        """Mean of the signals over the nearest of the reference."""
+        return self.signals[self.near.kneighbors(self.directions(answers), return_distance=False)].mean(axis=1)
 
     def unreasonable(self, answers: Answers, suspected: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
         """P(this map is unreasonable), 0..1; `suspected` is the samples' `suspicion`.

@@ -1,7 +1,7 @@
 """Model and manifest give predictions: `python -m abn.predict` reads results/model.pt, writes results/predictions/.
 
 One pass answers every sample; a second sees each picture mirrored and moved (does its map go with it?); a third sees
-it with its margin replaced. Samples of the gold set are also shown in another context, which tells how much the answer
+it with its corners replaced. Samples of the gold set are also shown in another context, which tells how much the answer
 hangs on what lies outside the mask. No other sample costs more than three passes.
 """
 
@@ -31,8 +31,8 @@ from abn.stage import ROUND, Stage
 from abn.train import TrainConfig, choose_device
 
 SHARD = 4096  # samples a file
-MARGIN = 1 / 8  # of the picture's shorter side, on each of its four sides
-DONORS = 64  # pictures whose margins the others are given
+CORNER = 1 / 4  # of the picture's shorter side, height and width of each of the four
+DONORS = 64  # pictures whose corners the others are given
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def predict(
 ) -> Predictions:
     """Everything that later stages need to know of each sample, in the order of the pictures.
 
-    `early`: confidence early in training by sample id; `donors`: where other margins come from, else the pictures.
+    `early`: confidence early in training by sample id; `donors`: where other corners come from, else the pictures.
     """
     device = next(model.network.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
-    margins = Margins(donors or pictures, len(pictures), config.seed)
+    corners = Corners(donors or pictures, len(pictures), config.seed)
     columns: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(Predictions)}
     done = 0
     for batch in loader(pictures, in_order(len(pictures), config.batch_size)):
@@ -67,7 +67,7 @@ def predict(
         output = model.network(images)
         maps, probabilities = output.attention_map[:, 0].float().cpu().numpy(), _softmax(output.logits)
         moved = model.network(mirrored_and_moved(images, images.shape[-1] // maps.shape[-1])).attention_map[:, 0]
-        in_other_margin = model.network(margins.replaced(images, batch.indices, output.logits.argmax(dim=1).cpu()))
+        in_other_corners = model.network(corners.replaced(images, batch.indices, output.logits.argmax(dim=1).cpu()))
         gold, masks = _gold_masks(pictures, batch.indices.tolist())
         columns["samples"].append(np.array([pictures.samples[i].id for i in batch.indices.tolist()]))
         columns["probabilities"].append(probabilities)
@@ -75,7 +75,7 @@ def predict(
         columns["maps"].append(maps)
         columns["embeddings"].append(output.embedding.float().cpu().numpy())
         columns["equivariance"].append(equivariance_loss(maps, moved.float().cpu().numpy(), shift=1))
-        columns["margin_reliance"].append(context_reliance(probabilities, _softmax(in_other_margin.logits)))
+        columns["corner_reliance"].append(context_reliance(probabilities, _softmax(in_other_corners.logits)))
         columns["early_confidence"].append(
             np.array([(early or {}).get(pictures.samples[i].id, np.nan) for i in batch.indices.tolist()], np.float32)
         )
@@ -95,8 +95,8 @@ def mirrored_and_moved(images: Float[Tensor, "b 3 h w"], pixels: int) -> Float[T
     return F.pad(images.flip(-1), (pixels, 0, pixels, 0), mode="replicate")[..., :height, :width]
 
 
-class Margins:
-    """Pictures with the margin of another one, if possible of another class: whatever of the answer moves with it
+class Corners:
+    """Pictures with the corners of another one, if possible of another class: whatever of the answer moves with them
     hung on no object, for that is seldom there. A weak stand-in for a mask where nobody has given one."""
 
     def __init__(self, donors: Pictures, count: int, seed: int) -> None:
@@ -111,10 +111,11 @@ class Margins:
         """`answers` of the network to the pictures; their `indices` make the draw the same in batches of any size."""
         stranger = self.donors.labels[None] != answers[:, None]
         donor = (self.preference[indices] + stranger).argmax(dim=1)
-        width = round(MARGIN * min(images.shape[-2:]))
-        middle = torch.zeros_like(images[:, :1])
-        middle[..., width:-width, width:-width] = 1
-        return replace_context(images, middle, self.donors.images[donor].to(images.device).float() / 255)
+        side = round(CORNER * min(images.shape[-2:]))
+        cross = torch.ones_like(images[:, :1])
+        for rows in (slice(side), slice(-side, None)):
+            cross[:, :, rows, :side] = cross[:, :, rows, -side:] = 0
+        return replace_context(images, cross, self.donors.images[donor].to(images.device).float() / 255)
 
 
 def _in_another_context(

@@ -22,7 +22,7 @@ class Answers:
     samples: Shaped[np.ndarray, "n"]  # ids
     probabilities: Float[np.ndarray, "n k"]  # of the perception branch
     embeddings: Float[np.ndarray, "n d"]
-    margin_reliance: Float[np.ndarray, "n"]  # how far the answer moves when the picture's margin is replaced, 0..1
+    corner_reliance: Float[np.ndarray, "n"]  # how far the answer moves when the picture's corners are replaced, 0..1
     early_confidence: Float[np.ndarray, "n"]  # probability of the label early in training; NaN without a label then
 
     def __len__(self) -> int:

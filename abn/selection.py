@@ -357,8 +357,8 @@ def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> 
         return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%})"
     if pool.unreasonable[i] > pool.suspected[i] + 0.2:
         return "doubtful attention: labelers called the maps of similar pictures wrong"
-    if pool.table.margin_reliance[i] >= early_rank(pool.table.early_confidence[[i]], pool.early)[0]:
-        return f"doubtful attention: the answer hangs on the edge of the picture ({pool.table.margin_reliance[i]:.0%})"
+    if pool.table.corner_reliance[i] >= early_rank(pool.table.early_confidence[[i]], pool.early)[0]:
+        return f"doubtful attention: the answer hangs on the picture's corners ({pool.table.corner_reliance[i]:.0%})"
     return "doubtful attention: learned before most others, as shortcuts are"
 
 

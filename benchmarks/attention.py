@@ -108,7 +108,7 @@ def scores_of(trained: Trained) -> dict[str, Float[np.ndarray, "n"]]:
     explained = explain_by(trained.model.network, trained.images, found.maps, steps=8)
     doubt = Doubt(found)
     return {
-        "margin reliance": found.margin_reliance,
+        "corner reliance": found.corner_reliance,
         "early confidence": doubt.early_rank(found),
         "disagreement": disagreement(found.probabilities, found.attention_probabilities),
         "equivariance": found.equivariance,

@@ -133,7 +133,7 @@ def _shard(names: list[str], centres: np.ndarray, clusters: np.ndarray, rng: np.
         samples=np.array(names),
         probabilities=answers,
         embeddings=centres[clusters] + 0.5 * rng.standard_normal((count, dimensions), dtype=np.float32),
-        margin_reliance=np.clip(doubtful + 0.6 * unsure[0], 0, 1).astype(np.float32),
+        corner_reliance=np.clip(doubtful + 0.6 * unsure[0], 0, 1).astype(np.float32),
         early_confidence=np.clip(doubtful + 0.6 * unsure[1], 0, 1).astype(np.float32),
         attention_probabilities=answers,
         maps=rng.random((count, MAP, MAP), dtype=np.float32),

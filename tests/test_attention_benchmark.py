@@ -60,7 +60,7 @@ def test_the_benchmark_tells_the_whole_story(tmp_path: Path, monkeypatch: pytest
     arguments = ["--train", "60", "--epochs", "1", "--seeds", "1", "--budget", "10"]
     options = attention.parse([*arguments, "--picture", str(picture), "--json", str(figures)])
     found = attention.run(options)
-    assert {"suspicion", "after verdicts", "margin reliance", "deletion"} <= set(found["scores"])
+    assert {"suspicion", "after verdicts", "corner reliance", "deletion"} <= set(found["scores"])
     assert all(0 <= one["auc"]["mean"] <= 1 for one in found["scores"].values())
     assert set(found["explanations"]) == set(attention.EXPLANATIONS)
     assert 0 < found["maps"]["wrong"]["share"]["mean"] <= found["maps"]["wrong"]["carriers"]["mean"] < 0.5

@@ -23,7 +23,7 @@ def pool(count: int = 200, seed: int = 0) -> tuple[Predictions, np.ndarray]:
         maps=np.zeros((count, 2, 2)),
         embeddings=np.eye(10)[cluster] + rng.normal(0, 0.1, (count, 10)),
         equivariance=np.zeros(count),
-        margin_reliance=np.clip(0.3 * wrong + rng.random(count) * 0.7, 0, 1),
+        corner_reliance=np.clip(0.3 * wrong + rng.random(count) * 0.7, 0, 1),
         early_confidence=np.clip(0.3 * wrong + rng.random(count) * 0.7, 0, 1),
         has_gold=np.zeros(count, bool),
         gold_maps=np.zeros((count, 2, 2)),
@@ -61,10 +61,26 @@ def test_early_rank_of_a_worked_example() -> None:
 
 
 def test_suspicion_of_a_worked_example() -> None:
-    """Fewer samples than neighbours: everybody has the mean of all."""
-    table, _ = pool(3)
-    table = replace(table, margin_reliance=np.array([0.0, 0.6, 1.0]), early_confidence=np.array([0.1, 0.2, 0.3]))
-    assert suspicion(table) == pytest.approx([(0 + 0.36 + 1 + 0 + 0.25 + 1) / 6] * 3)
+    """Two groups of 20, none the other's neighbour."""
+    table, _ = pool(40)
+    group = np.arange(40) < 20
+    table = replace(
+        table,
+        embeddings=np.where(group[:, None], [1.0, 0.0], [0.0, 1.0]),
+        corner_reliance=np.where(group, 0.0, 0.6),
+        early_confidence=np.where(group, 0.1, 0.2),
+    )
+    early = [9.5 / 39, 29.5 / 39]  # each group's mean rank
+    above = [0.3 / (1.4826 * 0.3 + 0.02), (early[1] - early[0]) / 2 / (1.4826 * (early[1] - early[0]) / 2 + 0.02)]
+    stands_out = above[0] ** 2 + above[1] ** 2
+    expected = 1 - (1 - stands_out / (stands_out + 9)) * (1 - 0.36)
+    assert suspicion(table) == pytest.approx(np.where(group, 0.0, expected))
+
+
+def test_a_shortcut_of_the_whole_pool_stands_out_nowhere_and_speaks_for_itself() -> None:
+    table, _ = pool()
+    table = replace(table, corner_reliance=np.full(200, 0.9), early_confidence=NOTHING)
+    assert suspicion(table) == pytest.approx(np.full(200, 0.81))
 
 
 def test_doubt_that_a_part_of_the_pool_has_taught_finds_the_same_maps() -> None:
@@ -75,7 +91,7 @@ def test_doubt_that_a_part_of_the_pool_has_taught_finds_the_same_maps() -> None:
 
 def test_neighbours_make_a_noisy_signal_sure() -> None:
     table, wrong = pool()
-    alone = roc_auc_score(wrong, table.margin_reliance)
+    alone = roc_auc_score(wrong, table.corner_reliance)
     assert alone < 0.9 < roc_auc_score(wrong, suspicion(table))
 
 
@@ -87,7 +103,7 @@ def test_without_a_verdict_the_probability_is_the_suspicion() -> None:
 def test_verdicts_make_a_probability_of_it() -> None:
     """Even where the signals know nothing; the more verdicts, the surer."""
     table, wrong = pool()
-    table = replace(table, margin_reliance=np.zeros(200), early_confidence=NOTHING)
+    table = replace(table, corner_reliance=np.zeros(200), early_confidence=NOTHING)
     errors = []
     for asked in (30, 100):
         verdicts = NOTHING.copy()

@@ -17,7 +17,7 @@ from abn.early import read_early_confidence
 from abn.evaluate import align, measure
 from abn.manifest import Sample, read_manifest
 from abn.model import ABN, LoadedModel
-from abn.predict import Margins, PredictConfig, mirrored_and_moved, predict_into
+from abn.predict import Corners, PredictConfig, mirrored_and_moved, predict_into
 from abn.predictions import Predictions, read_predictions, write_shard
 from tiny import ROWS, SIZE, correct, make_workspace, square, tiny_settings, write_params
 
@@ -106,14 +106,18 @@ def test_the_map_of_a_mirrored_and_moved_picture_is_compared_where_both_show_the
     assert torch.equal(moved[..., 0, 2:], images.flip(-1)[..., 0, :-2])  # what moves in repeats the edge
 
 
-def test_another_margin_comes_from_a_picture_of_another_class_and_the_middle_stays(root: Path) -> None:
+def test_other_corners_come_from_a_picture_of_another_class_and_the_rest_stays(root: Path) -> None:
     pictures = Pictures(root, read_manifest(root), CLASSES, (SIZE, SIZE))
     batch = pictures[list(range(6))]
     images, answers = batch.images.float() / 255, torch.tensor([0, 1, 0, 1, 0, 1])
-    replaced = Margins(pictures, len(pictures), seed=0).replaced(images, batch.indices, answers)
-    assert torch.equal(replaced[..., 2:-2, 2:-2], images[..., 2:-2, 2:-2])
+    replaced = Corners(pictures, len(pictures), seed=0).replaced(images, batch.indices, answers)
+    corners = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    ends = torch.tensor([0, 1, 2, 3, -4, -3, -2, -1])
+    corners[ends[:, None], ends] = True
+    assert torch.equal(replaced[..., ~corners], images[..., ~corners])
     for row in range(6):
-        donors = [i for i in range(30) if torch.equal(pictures[[i]].images[0, :, :2] / 255, replaced[row, :, :2])]
+        found = replaced[row][:, corners]
+        donors = [i for i in range(30) if torch.equal(pictures[[i]].images[0][:, corners] / 255, found)]
         assert [pictures.samples[i].label for i in donors] != [CLASSES[answers[row]]]
         assert len(donors) == 1
 
@@ -176,7 +180,7 @@ def table(probabilities: list[list[float]], **columns: np.ndarray) -> Prediction
             "maps": np.zeros((count, 2, 2)),
             "embeddings": np.zeros((count, 3)),
             "equivariance": np.zeros(count),
-            "margin_reliance": np.zeros(count),
+            "corner_reliance": np.zeros(count),
             "early_confidence": np.full(count, np.nan),
             "has_gold": np.zeros(count, bool),
             "gold_maps": np.zeros((count, 2, 2)),

@@ -29,7 +29,7 @@ def answers(probabilities: list[list[float]], names: list[str] | None = None, **
         maps=np.zeros((count, 2, 2), np.float32),
         embeddings=np.array(columns.get("embeddings", np.eye(count)), np.float32),
         equivariance=np.zeros(count, np.float32),
-        margin_reliance=np.array(columns.get("margin_reliance", [0.0] * count), np.float32),
+        corner_reliance=np.array(columns.get("corner_reliance", [0.0] * count), np.float32),
         early_confidence=np.array(columns.get("early_confidence", [np.nan] * count), np.float32),
         has_gold=np.zeros(count, bool),
         gold_maps=np.zeros((count, 2, 2), np.float32),
@@ -58,7 +58,7 @@ def many(count: int) -> Predictions:
     return answers(
         rng.dirichlet([1, 1], count).tolist(),
         embeddings=rng.standard_normal((count, 5)),
-        margin_reliance=rng.random(count),
+        corner_reliance=rng.random(count),
         early_confidence=rng.random(count),
     )
 
@@ -91,11 +91,11 @@ def test_entropy_is_a_share_of_the_largest() -> None:
 def test_attention_asks_about_the_most_suspicious_map() -> None:
     sure = [[0.98, 0.02]] * 60
     near = np.repeat(np.eye(3), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (60, 3))
-    margin_reliance = [0.1] * 20 + [0.8] * 20 + [0.0] * 20
-    predictions = answers(sure, embeddings=near, margin_reliance=margin_reliance)
+    corner_reliance = [0.1] * 20 + [0.8] * 20 + [0.0] * 20
+    predictions = answers(sure, embeddings=near, corner_reliance=corner_reliance)
     picks = choose(predictions, [0] * 60, config("attention", 5))
     assert all(20 <= int(name[1:]) < 40 for name in names(picks))
-    assert picks[0].reason == "doubtful attention: the answer hangs on the edge of the picture (80%)"
+    assert picks[0].reason == "doubtful attention: the answer hangs on the picture's corners (80%)"
     early = [0.3] * 40 + [0.9] * 20
     picks = choose(answers(sure, embeddings=near, early_confidence=early), [0] * 60, config("attention", 5))
     assert all(int(name[1:]) >= 40 for name in names(picks))
@@ -143,7 +143,7 @@ def test_badge_takes_the_unsure_and_not_two_alike() -> None:
 
 
 def test_benefit_prefers_what_teaches_over_what_does_not() -> None:
-    predictions = answers([[0.9, 0.1]] * 3, margin_reliance=[0.0, 0.9, 0.0])
+    predictions = answers([[0.9, 0.1]] * 3, corner_reliance=[0.0, 0.9, 0.0])
     wrong_then_doubtful = choose(predictions, [1, 0, 0], config())
     assert names(wrong_then_doubtful)[0] == "s00"
     assert wrong_then_doubtful[0].reason.startswith("misclassified")
@@ -310,7 +310,7 @@ def test_a_budget_of_minutes_ends_the_batch_earlier(share: float) -> None:
 
 
 def test_a_map_that_is_likely_wrong_takes_the_minutes_of_painting() -> None:
-    predictions = answers([[0.9, 0.1]] * 40, margin_reliance=[0.0] * 20 + [1.0] * 20)
+    predictions = answers([[0.9, 0.1]] * 40, corner_reliance=[0.0] * 20 + [1.0] * 20)
     verdicts = np.full(40, np.nan)
     verdicts[:10], verdicts[20:30] = 0, 1
     told = Told(np.isfinite(verdicts), verdicts, minutes_to_paint=2.0, minutes_to_confirm=0.2)

@@ -135,8 +135,9 @@ class Pictures(Dataset[Batch]):
         seen = self[painted[:ENOUGH]]
         width = rim_width(seen.images.float() / 255, (seen.masks > 127).float())
         for index in painted if width else []:
-            narrow = without_rim(self[[index]].masks.float() / 255, width)
-            self._masks[index] = (255 * narrow[0]).round().to(torch.uint8)
+            mask = self._mask(index)
+            assert mask is not None, "a person painted it"
+            self._masks[index] = (255 * without_rim(mask[None].float() / 255, width)[0]).round().to(torch.uint8)
         return width
 
     def _drawn_mask(self, index: int) -> Tensor:

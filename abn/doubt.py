@@ -37,9 +37,10 @@ class Doubt:
         count = min(NEIGHBOURS, len(reference))
         self.near = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(self.directions(reference))
         self.signals = np.column_stack([reference.corner_reliance.astype(np.float64), self.early_rank(reference)])
-        shared = self._shared(reference)
-        self.usual = np.median(shared, axis=0)
-        self.deviation = 1.4826 * np.median(np.abs(shared - self.usual), axis=0) + QUIET  # of a normal one its sigma
+        self.shared = self._shared(reference)
+        self.usual = np.median(self.shared, axis=0)
+        deviation = np.median(np.abs(self.shared - self.usual), axis=0)
+        self.deviation = 1.4826 * deviation + QUIET  # sigma, where they are normal
         self.regression: LogisticRegression | None = None
         if told is not None and verdicts is not None and len(told):
             self._learn(told, verdicts)
@@ -61,7 +62,10 @@ class Doubt:
         deviations (median absolute, robust to the unreasonable ones) it lies above the reference's median. Where the
         whole pool shares a shortcut nobody stands out, but c speaks for itself.
         """
-        shared = self._shared(answers)
+        return self._loudness(self._shared(answers))
+
+    def _loudness(self, shared: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n"]:
+        """`suspicion` of what neighbours share."""
         loud = np.clip((shared - self.usual) / self.deviation, 0, LOUDEST)
         stands_out = (loud**2).sum(axis=1)
         return 1 - (1 - stands_out / (stands_out + EVEN**2)) * (1 - shared[:, 0] ** 2)
@@ -82,7 +86,7 @@ class Doubt:
         return self.regression.predict_proba(self._features(answers, suspected))[:, 1]
 
     def _learn(self, told: Answers, verdicts: Float[np.ndarray, "v"]) -> None:
-        suspected = self.suspicion(self.reference)
+        suspected = self._loudness(self.shared)
         self.mean, self.spread = suspected.mean(), max(suspected.std(), 1e-12)
         asked, seen = self._features(told, self.suspicion(told)), self._features(self.reference, suspected)
         count, each = len(seen), WORTH / len(seen)

@@ -270,7 +270,7 @@ def problem_parser(
     add("--epochs", type=int, default=epochs, help=f"of each training ({epochs or 'what params.yaml says'})")
     add("--confound", choices=list(CONFOUNDS), default="patch")
     add("--fraction", type=float, default=fraction, help=f"of the classes carry the confound in training ({fraction})")
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml; an arm's own come after")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml; an arm's come after")
     add("--seeds", default=str(seeds), help=f"5: 0 to 4; 100-102; 3,7 ({seeds})")
     add("--json", type=Path, help="file for the figures")
     return parser

@@ -83,20 +83,40 @@ def with_surroundings(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w
     return wide
 
 
-def in_pieces(masks: Float[Tensor, "b 1 h w"], generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
-    """Masks of more than half of a picture, cut to the shape of another picture's that is not as large.
+def with_soft_rim(marked: Float[Tensor, "b 1 h w"], keep: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """`keep`, what is to be shown, fading out over a sixteenth of the longer side; what is `marked` stays whole."""
+    reach = max(keep.shape[-2:]) // 32
+    padded = F.pad(keep, (reach,) * 4, mode="replicate")
+    return torch.maximum(marked, F.avg_pool2d(padded, 2 * reach + 1, stride=1))
+
+
+def in_light_of(
+    images: Float[Tensor, "b 3 h w"], places: Float[Tensor, "b 1 h w"], contexts: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, "b 3 h w"]:
+    """Contexts made brighter or darker until they are as bright as their images where `places` is above 0: the median
+    of the difference there, the same for all channels. Without such a place they stay as they are."""
+    brighter = (images - contexts).mean(dim=1, keepdim=True)
+    offset = torch.where(places > 0, brighter, torch.nan).flatten(1).nanmedian(dim=1).values.nan_to_num()
+    return (contexts + offset.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def in_pieces(
+    marked: Float[Tensor, "b 1 h w"], keep: Float[Tensor, "b 1 h w"], generator: torch.Generator
+) -> tuple[Float[Tensor, "b 1 h w"], Float[Tensor, "b 1 h w"]]:
+    """What is marked and what is kept of it, where more than half of a picture is marked cut to what is marked and
+    kept of another picture with less.
 
     The evidence of a class that is defined by absence is everywhere. Were its pictures shown whole and all others in
-    part, that alone would tell the class.
+    part, or with another rim, that alone would tell the class.
     """
-    share = masks.mean(dim=(1, 2, 3))
+    share = marked.mean(dim=(1, 2, 3))
     shapes = ((share > 0) & (share <= 0.5)).nonzero()[:, 0].cpu()
     if not len(shapes):
-        return masks
-    chosen = shapes[torch.randint(len(shapes), (len(masks),), generator=generator)]
-    pieces = masks * masks[chosen.to(masks.device)]
-    cut = (share > 0.5) & pieces.any(dim=(1, 2, 3))
-    return torch.where(cut.view(-1, 1, 1, 1), pieces, masks)
+        return marked, keep
+    chosen = shapes[torch.randint(len(shapes), (len(marked),), generator=generator)].to(marked.device)
+    pieces = marked * keep[chosen]
+    cut = ((share > 0.5) & pieces.any(dim=(1, 2, 3))).view(-1, 1, 1, 1)
+    return torch.where(cut, marked * marked[chosen], marked), torch.where(cut, pieces, keep)
 
 
 def overlap(first: Float[Tensor, "b 1 h w"], second: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:

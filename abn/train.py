@@ -26,11 +26,13 @@ from abn.annotator import annotate
 from abn.config import load_section
 from abn.context import (
     binarised,
+    in_light_of,
     in_pieces,
     is_small,
     other_pictures,
     replace_context,
     with_holes,
+    with_soft_rim,
     with_surroundings,
     without_objects,
 )
@@ -235,8 +237,11 @@ class Objective:
         marked = binarised(masks)
         keep = with_surroundings(marked)
         contexts = other_pictures(without_objects(images, keep), generator)
-        keep = in_pieces(keep, generator)
-        keep = torch.where(is_small(marked), keep, with_holes(keep, config.holes, generator))
+        marked, keep = in_pieces(marked, keep, generator)
+        # What is small is kept with its surroundings: were they seen to end, as a box, boxes would be learned.
+        small = is_small(marked)
+        contexts = torch.where(small, in_light_of(images, keep - marked, contexts), contexts)
+        keep = torch.where(small, with_soft_rim(marked, keep), with_holes(keep, config.holes, generator))
         replaced = replace_context(images, keep, contexts)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)

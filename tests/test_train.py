@@ -18,12 +18,14 @@ from torch import Tensor
 from abn import train as training
 from abn.context import (
     binarised,
+    in_light_of,
     in_pieces,
     is_small,
     other_pictures,
     overlap,
     replace_context,
     with_holes,
+    with_soft_rim,
     with_surroundings,
     without_objects,
 )
@@ -427,9 +429,32 @@ def test_what_is_small_is_shown_with_its_surroundings() -> None:
 def test_a_class_that_shows_everywhere_is_shown_in_pieces_of_the_others_shapes() -> None:
     whole, left = torch.ones(1, 1, 6, 6), torch.zeros(1, 1, 6, 6)
     left[..., :2] = 1
-    shown = in_pieces(torch.cat([whole, left, whole]), generator())
-    assert torch.equal(shown, torch.cat([left, left, left]))
-    assert torch.equal(in_pieces(whole, generator()), whole), "there is no other shape"
+    wide = torch.zeros(1, 1, 6, 6)
+    wide[..., :4] = 1  # what is kept around the object on the left
+    marked, keep = in_pieces(torch.cat([whole, left, whole]), torch.cat([whole, wide, whole]), generator())
+    assert torch.equal(marked, torch.cat([left, left, left])) and torch.equal(keep, torch.cat([wide, wide, wide]))
+    assert torch.equal(in_pieces(whole, whole, generator())[1], whole), "there is no other shape"
+
+
+def test_a_soft_rim_leaves_what_is_marked_whole_and_fades_around_it() -> None:
+    marked, keep = torch.zeros(2, 1, 1, 32, 64)
+    marked[..., 16, 20], keep[..., 10:22, 14:26] = 1, 1
+    soft = with_soft_rim(marked, keep)
+    assert soft[..., 16, 20] == 1 and soft[..., 12:20, 16:24].min() == 1, "two pixels inside"
+    fading = soft[0, 0, 16, 22:30]
+    assert (fading.diff() <= 0).all() and 0 < fading[3] < 1 and fading[6:].sum() == 0
+    assert torch.equal(with_soft_rim(keep, keep)[keep > 0], keep[keep > 0])
+
+
+def test_a_context_gets_the_light_of_the_picture_in_which_it_is_used() -> None:
+    images, places = torch.full((2, 3, 4, 4), 0.6), torch.zeros(2, 1, 4, 4)
+    images[:, 0, 0, 0] = 1.0  # a coloured dot moves nothing
+    places[0, :, 0] = 1
+    contexts = torch.full((2, 3, 4, 4), 0.2)
+    contexts[:, 2] = 0.3
+    light = in_light_of(images, places, contexts)
+    torch.testing.assert_close(light[0], contexts[0] + 0.6 - (0.2 + 0.2 + 0.3) / 3)
+    assert torch.equal(light[1], contexts[1]), "no place says how bright"
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,10 @@ def test_nothing_found_is_no_mask(root: Path) -> None:
 
 
 def test_large_pictures_are_annotated_small_and_used_large(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotator, "STEPS", 3)
+    monkeypatch.setattr(annotator, "CYCLES", (3,))
     pictures = pictures_of(root, {f"train{i:02d}": np.full((SIZE, SIZE), 255, np.uint8) for i in range(4)}, (160, 80))
     pictures.drawn, pictures.trust = annotate(pictures, range(4), 2, DataConfig((160, 80), True, 2), 0, CPU)
-    assert {tuple(mask.shape) for mask in pictures.drawn.values()} == {(1, 128, 64)}
+    assert {tuple(mask.shape) for mask in pictures.drawn.values()} == {(1, 64, 32)}
     batch = pictures[[0, min(pictures.drawn)]]
     assert batch.masks.shape == (2, 1, 160, 80)
     assert batch.trust.tolist() == [1.0, pytest.approx(pictures.trust)]
@@ -89,3 +89,19 @@ def test_the_loss_of_a_worked_example() -> None:
     assert mask_loss(torch.tensor([[[[50.0, -50.0]]]]), masks).item() == pytest.approx(0, abs=1e-6)
     undecided = mask_loss(torch.zeros(1, 1, 1, 2), masks).item()
     assert undecided == pytest.approx(np.log(2) + 1 - (2 * 0.5 + 1) / (2 + 1))
+
+
+def test_what_more_steps_make_worse_is_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = pictures_of(root, {f"train{i:02d}": square(i) for i in range(4)})
+
+    def drawn(reached: dict[int, float]) -> tuple[dict[int, torch.Tensor], float]:
+        trusts = iter(reached.values())
+        monkeypatch.setattr(annotator, "CYCLES", tuple(reached))
+        monkeypatch.setattr(annotator, "_trust", lambda *_: next(trusts))
+        return annotate(pictures, range(4), 2, STILL, 0, CPU)
+
+    (first, trust), (kept, still) = drawn({20: 0.5}), drawn({20: 0.5, 30: 0.4})
+    assert trust == still == 0.5 and first.keys() == kept.keys() != set()
+    assert all(torch.equal(first[number], kept[number]) for number in first)
+    better, more = drawn({20: 0.5, 30: 0.6})
+    assert more == 0.6 and any(not torch.equal(first[number], better[number]) for number in first)

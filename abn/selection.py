@@ -99,9 +99,11 @@ class Pool:
 
     @cached_property
     def minutes(self) -> Float[np.ndarray, "n"]:
-        """Expected."""
-        confirm = self.told.minutes_to_confirm
-        return confirm + self.unreasonable * max(self.told.minutes_to_paint - confirm, 0.0)
+        """Expected. Before any verdict each counts as one to paint: suspicion ranks and is no probability, and a first
+        batch that takes longer than its budget is worse than one that takes less."""
+        paint, confirm = self.told.minutes_to_paint, self.told.minutes_to_confirm
+        wrong = self.unreasonable if np.isfinite(self.told.verdicts).any() else np.ones(len(self.labels))
+        return confirm + wrong * max(paint - confirm, 0.0)
 
     @property
     def confidence(self) -> Float[np.ndarray, "n"]:

@@ -309,6 +309,12 @@ def test_a_budget_of_minutes_ends_the_batch_earlier(share: float) -> None:
         choose(predictions, labels, config(budget=40, budget_minutes=1e-3))
 
 
+def test_before_any_verdict_each_counts_as_one_to_paint() -> None:
+    told = Told(np.zeros(60, bool), np.full(60, np.nan), minutes_to_paint=2.0, minutes_to_confirm=0.2)
+    batch = choose(many(60), [0, 1] * 30, config(budget=40, budget_minutes=10.0), told)
+    assert [pick.minutes for pick in batch] == [2.0] * 5
+
+
 def test_a_map_that_is_likely_wrong_takes_the_minutes_of_painting() -> None:
     predictions = answers([[0.9, 0.1]] * 40, corner_reliance=[0.0] * 20 + [1.0] * 20)
     verdicts = np.full(40, np.nan)

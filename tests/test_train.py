@@ -32,7 +32,7 @@ from abn.context import (
 from abn.data import Batch, Pictures
 from abn.evaluate import align, measure
 from abn.losses import l2_map_loss
-from abn.manifest import read_manifest, training_samples
+from abn.manifest import read_manifest, training_samples, with_painted_masks
 from abn.model import ABN, ABNOutput, load_model
 from abn.predict import PredictConfig, predict
 from abn.train import Objective, Settings, TrainConfig, choose_device, learning_rate, train
@@ -535,3 +535,14 @@ def test_a_map_that_was_called_fine_is_a_mask_but_no_lesson(root: Path) -> None:
         _, parts = compute(batch, generator())
         assert ("map_loss" in parts) is lesson
         assert not torch.equal(network.seen[0], batch.images[0].float() / 255), "its context is replaced either way"
+
+
+def test_maps_that_were_called_fine_count_until_somebody_paints(root: Path, tmp_path: Path) -> None:
+    correct(root, MASKS, "map_ok")
+    fine = read_manifest(root)
+    assert with_painted_masks(fine) == fine
+    table = root / "data/corrections.csv"
+    table.write_text(table.read_text().replace("map_ok", "map_fixed", 1))
+    assert [sample.id for sample in with_painted_masks(read_manifest(root)) if sample.masks] == [next(iter(MASKS))]
+    _, lines = run(root, tiny_settings(train={"epochs": 1}), tmp_path / "results")
+    assert lines[0]["corrected"] == 1 and lines[0]["propagated"] > 0

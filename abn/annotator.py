@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from abn.context import binarised, other_pictures, overlap, replace_context, with_surroundings, without_objects
 from abn.data import DataConfig, Pictures, augment, in_order
+from abn.manifest import MANY_MASKS
 
 # Each cycle of steps begins with the learning rate anew (SGDR, Loshchilov and Hutter, ICLR 2017), and only where the
 # one before did not teach enough: a digit is learned in the first, a scratch on a metal tile takes both.
@@ -66,13 +67,13 @@ def annotate(
     """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust them, 0..1.
 
     Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
-    with masks of people that the annotator was not shown, over `FAIR`; of fewer than ten corrections none can be
-    spared, and it is the overlap with those that it was shown. Small masks are compared as they are used, with what
+    with masks of people that the annotator was not shown, over `FAIR`; of fewer corrections than `MANY_MASKS` none can
+    be spared, and it is the overlap with those that it was shown. Small masks are compared as they are used, with what
     lies around them. Where it finds nothing there is no mask.
     """
     generator = torch.Generator().manual_seed(seed)
     taught = judged = list(corrected)
-    if len(corrected) >= 2 * HELD_OUT:
+    if len(corrected) >= MANY_MASKS:
         judged = taught[::HELD_OUT]
         del taught[::HELD_OUT]
     examples = _examples(pictures, taught, device)

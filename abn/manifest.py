@@ -20,6 +20,7 @@ CORRECTION_COLUMNS = (
 )
 # Columns that tables from before they existed lack, and what they would have held.
 LATER_COLUMNS = {"weight": "1", "moved": ""}
+MANY_MASKS = 10  # painted ones, from which on the annotator can spare some to be judged by
 WITHDRAWAL_COLUMNS = ("time", "action", "annotation", "sample", "labeler", "round", "why")
 
 
@@ -119,13 +120,15 @@ def training_samples(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.split == "train" or (sample.split == "pool" and sample.label)]
 
 
-def with_painted_masks(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples, without the maps of a network that people called fine, as soon as one mask was painted.
+def without_loose_masks(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, without the maps of a network that people called fine beside a few painted masks.
 
-    A map that is fine tells where to look and not where an object ends. Cut out along it, a picture teaches less than
-    along what the annotator draws, whom painted masks teach better, too (figures in benchmarks/README.md).
+    A map that is fine tells where to look and not where an object ends. Fewer painted masks than `MANY_MASKS` teach
+    more without such maps; beside many they are examples more (both measured, benchmarks/README.md), and where nobody
+    has painted they are all that is known.
     """
-    if not any(sample.painted for sample in samples):
+    painted = sum(sample.painted for sample in samples)
+    if not 0 < painted < MANY_MASKS:
         return list(samples)
     return [sample if sample.painted else replace(sample, masks="", sha256="") for sample in samples]
 

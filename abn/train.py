@@ -47,7 +47,7 @@ from abn.data import (
 from abn.early import is_early_epoch, write_early_confidence
 from abn.files import replacing
 from abn.losses import MAP_LOSSES, input_gradients
-from abn.manifest import Sample, class_names, training_samples, with_painted_masks
+from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.stage import CONTROL, ROUND, Stage
 
@@ -126,7 +126,7 @@ def train(
     train.jsonl. The number of steps does not depend on the masks: without any, this is the control."""
     config, device = settings.train, choose_device(settings.train.device)
     classes = class_names(samples)
-    pictures = Pictures(root, with_painted_masks(training_samples(samples)), classes, settings.data.size)
+    pictures = Pictures(root, without_loose_masks(training_samples(samples)), classes, settings.data.size)
     corrected = [index for index, sample in enumerate(pictures.samples) if sample.masks]
     if settings.corrections.recipe == "none":
         corrected = []

@@ -32,7 +32,7 @@ from abn.context import (
 from abn.data import Batch, Pictures
 from abn.evaluate import align, measure
 from abn.losses import l2_map_loss
-from abn.manifest import read_manifest, training_samples, with_painted_masks
+from abn.manifest import read_manifest, training_samples, without_loose_masks
 from abn.model import ABN, ABNOutput, load_model
 from abn.predict import PredictConfig, predict
 from abn.train import Objective, Settings, TrainConfig, choose_device, learning_rate, train
@@ -537,12 +537,17 @@ def test_a_map_that_was_called_fine_is_a_mask_but_no_lesson(root: Path) -> None:
         assert not torch.equal(network.seen[0], batch.images[0].float() / 255), "its context is replaced either way"
 
 
-def test_maps_that_were_called_fine_count_until_somebody_paints(root: Path, tmp_path: Path) -> None:
-    correct(root, MASKS, "map_ok")
-    fine = read_manifest(root)
-    assert with_painted_masks(fine) == fine
+def test_maps_that_were_called_fine_do_not_count_beside_a_few_painted_masks(root: Path, tmp_path: Path) -> None:
+    masks = {f"train{i:02d}": square(i) for i in range(12)}
     table = root / "data/corrections.csv"
-    table.write_text(table.read_text().replace("map_ok", "map_fixed", 1))
-    assert [sample.id for sample in with_painted_masks(read_manifest(root)) if sample.masks] == [next(iter(MASKS))]
+
+    def masked(painted: int) -> list[str]:
+        correct(root, masks, "map_ok")
+        table.write_text(table.read_text().replace("map_ok", "map_fixed", painted))
+        return [sample.id for sample in without_loose_masks(read_manifest(root)) if sample.masks]
+
+    assert masked(0) == masked(10) == list(masks)
+    assert masked(9) == list(masks)[:9]
+    assert masked(1) == list(masks)[:1]
     _, lines = run(root, tiny_settings(train={"epochs": 1}), tmp_path / "results")
     assert lines[0]["corrected"] == 1 and lines[0]["propagated"] > 0

@@ -24,7 +24,7 @@ from abn.manifest import MANY_MASKS
 # one before did not teach enough: a digit is learned in the first, a scratch on a metal tile takes both.
 CYCLES = (250, 500)
 BATCH_SIZE, LEARNING_RATE, WIDTH, LEVELS = 16, 4e-3, 8, 3
-LARGEST = 64  # pixels: larger pictures are annotated at this size; more steps are worth more than more pixels
+LARGEST = 64  # pixels: larger pictures are annotated at this size; steps are worth more than pixels in the same time
 HELD_OUT = 5  # every fifth correction tells how far to trust the masks that the others taught
 FAIR = 0.7  # an overlap with masks of people from which on the drawn ones are used like theirs
 
@@ -77,11 +77,12 @@ def annotate(
         judged = taught[::HELD_OUT]
         del taught[::HELD_OUT]
     examples = _examples(pictures, taught, device)
+    people = _examples(pictures, judged, device)[2]
     annotator = _begun(classes, examples[2], generator).to(device)
     best, trust = annotator, 0.0
     for steps in CYCLES:
         _train(annotator, steps, *examples, config, generator)
-        reached = _trust(annotator, pictures, judged, device)
+        reached = _trust(_masks(annotator, pictures, judged, device), people)
         if reached >= trust:  # careless masks are learned by heart when there is time
             best, trust = copy.deepcopy(annotator), reached
         if trust == 1:
@@ -127,12 +128,11 @@ def _train(
         optimizer.step()
 
 
-def _trust(annotator: Annotator, pictures: Pictures, judged: Sequence[int], device: torch.device) -> float:
-    """How far to trust what the annotator draws, 0..1, by the masks that people drew of the pictures `judged`."""
-    _, _, people = _examples(pictures, judged, device)
-    drawn = torch.stack(list(_masks(annotator, pictures, judged, device).values())).to(device) / 255
-    drawn, people = (with_surroundings(binarised(masks)) for masks in (drawn, people))
-    return min(1.0, overlap(drawn, people).item() / FAIR)
+def _trust(drawn: dict[int, UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 h w"]) -> float:
+    """How far to trust masks as `drawn`, 0..1, by those that people drew of the same pictures, in the same order."""
+    found = torch.stack(list(drawn.values())).to(people.device) / 255
+    both = (with_surroundings(binarised(masks)) for masks in (found, people))
+    return min(1.0, overlap(*both).item() / FAIR)
 
 
 def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:

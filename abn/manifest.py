@@ -20,8 +20,8 @@ CORRECTION_COLUMNS = (
 )
 # Columns that tables from before they existed lack, and what they would have held.
 LATER_COLUMNS = {"weight": "1", "moved": ""}
-MANY_MASKS = 10  # painted ones, from which on the annotator can spare some to be judged by
 WITHDRAWAL_COLUMNS = ("time", "action", "annotation", "sample", "labeler", "round", "why")
+MANY_MASKS = 10  # painted ones, from which on the annotator can spare some to be judged by
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class Pool:
         """Expected. Before any verdict each counts as one to paint: suspicion ranks and is no probability, and a first
         batch that takes longer than its budget is worse than one that takes less."""
         paint, confirm = self.told.minutes_to_paint, self.told.minutes_to_confirm
-        wrong = self.unreasonable if np.isfinite(self.told.verdicts).any() else np.ones(len(self.labels))
+        wrong = np.ones(len(self.labels)) if self.doubt.regression is None else self.unreasonable
         return confirm + wrong * max(paint - confirm, 0.0)
 
     @property

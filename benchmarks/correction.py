@@ -65,7 +65,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "context": {"corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
     "default": {},
     "upper": NOTHING,  # and trained without the confound
+    "upper_random": NOTHING,  # and trained with the confound at random: it has seen what it is tested on
 }
+TRAINED_ON = {"upper": "plain", "upper_random": "random"}  # in place of pictures whose confound tells the class
 NEEDED = ("control", "upper")  # every `recovered` hangs on them
 FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
 COLUMNS = (*FIGURES, "recovered")
@@ -110,7 +112,10 @@ class Problem:
         (root / "data").mkdir()
         (root / "models").mkdir()
         confounded = confound(self.data, spec.confound, self.data.labels, carriers)
-        self.train = {"confounded": self._write("confounded", confounded), "plain": self._write("plain", self.data)}
+        at_random = np.random.default_rng([seed, 3]).integers(count, size=len(self.data))
+        random = confound(self.data, spec.confound, at_random, carriers)
+        trained = {"confounded": confounded, "plain": self.data, "random": random}
+        self.train = {name: self._write(name, data) for name, data in trained.items()}
         self.visible = confounded.masks
         self.drawn_over = (confounded.images != self.data.images).any(axis=-1)
         tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
@@ -157,13 +162,11 @@ class Problem:
 
     def run(self, arm: str, settings: Settings) -> dict[str, float]:
         """Trains and tests one arm; its figures, and `seconds` of the training."""
-        samples, began = self.train["confounded"], time.perf_counter()
-        if arm == "upper":
-            samples = self.train["plain"]
-        elif arm == "paper":
+        samples, began = self.train[TRAINED_ON.get(arm, "confounded")], time.perf_counter()
+        if arm == "paper":
             shutil.copyfile(self.root / "control/model.pt", self.root / "models/start.pt")
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
-        elif arm != "control":
+        elif settings.corrections.recipe != "none":
             samples = self.corrected(self.chosen, f"{arm}.npz")
         train(self.root, samples, settings, self.root / arm, lambda line: None)
         seconds = time.perf_counter() - began
@@ -217,11 +220,11 @@ def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
     """Of a training, by all that it depends on but the code: control and upper do not depend on the corrections."""
     problem = asdict(spec)
     values = asdict(settings)
-    if arm in NEEDED:
+    if values["corrections"]["recipe"] == "none":
         del problem["corrections"], problem["faults"]
         values["corrections"] = {}
-    if arm == "upper":
-        values["upper"] = True
+    if arm in TRAINED_ON:
+        values[arm] = True
     digest = hashlib.sha256(json.dumps([problem, seed, values, arm == "paper"], sort_keys=True).encode())
     return digest.hexdigest()[:20]
 

@@ -165,14 +165,28 @@ def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "2"]
-    arguments += ["--corrections", "4", "--arms", "l2,default", "--keep", str(tmp_path / "keep")]
+    arguments += ["--corrections", "4", "--arms", "upper_random,l2,default", "--keep", str(tmp_path / "keep")]
     result = json.loads(json.dumps(run(parse(arguments)), allow_nan=False))
-    assert set(result["arms"]) == {"control", "upper", "l2", "default"}
+    assert set(result["arms"]) == {"control", "upper", "upper_random", "l2", "default"}
     wanted = {"random_confound", "clean", "worst_class", "inside_mask", "recovered", "std", "seconds"}
     assert all(wanted <= set(figures) for figures in result["arms"].values())
     assert all(0 <= figures["random_confound"] <= 1 for figures in result["arms"].values())
     monkeypatch.setattr(correction, "train", None)
     assert json.loads(json.dumps(run(parse(arguments)))) == result
+
+
+def test_the_uppers_learn_from_pictures_whose_confound_tells_nothing(folder: Path, tmp_path: Path) -> None:
+    problem = Problem(tmp_path / "problem", spec(folder), 0)
+    labels = np.array([sample.label for sample in problem.train["plain"]])
+    shown = {
+        name: np.stack([np.asarray(Image.open(problem.root / sample.image)) for sample in samples])
+        for name, samples in problem.train.items()
+    }
+    assert all([sample.label for sample in samples] == labels.tolist() for samples in problem.train.values())
+    drawn = {name: np.where(images != shown["plain"], images, 0) for name, images in shown.items()}
+    for label in problem.classes:
+        patches = {name: {patch.tobytes() for patch in images[labels == label]} for name, images in drawn.items()}
+        assert (len(patches["confounded"]), len(patches["random"])) == (1, 2)
 
 
 def test_the_paper_goes_on_from_the_control_with_its_extractor_frozen(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -62,14 +62,20 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def annotate(
-    pictures: Pictures, corrected: Sequence[int], classes: int, config: DataConfig, seed: int, device: torch.device
+    pictures: Pictures,
+    corrected: Sequence[int],
+    classes: int,
+    config: DataConfig,
+    seed: int,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[int, UInt8[Tensor, "1 i j"]], float]:
     """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust them, 0..1.
 
     Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
     with masks of people that the annotator was not shown, over `FAIR`; of fewer corrections than `MANY_MASKS` none can
     be spared, and it is the overlap with those that it was shown. Small masks are compared as they are used, with what
-    lies around them. Where it finds nothing there is no mask.
+    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     taught = judged = list(corrected)
@@ -81,8 +87,10 @@ def annotate(
     annotator = _begun(classes, examples[2], generator).to(device)
     best, trust = annotator, 0.0
     for steps in CYCLES:
+        say(f"learning to draw masks from those of {len(taught)} pictures, {steps} steps")
         _train(annotator, steps, *examples, config, generator)
         reached = _trust(_masks(annotator, pictures, judged, device), people)
+        say(f"the masks drawn can be trusted by {reached:.2f}")
         if reached >= trust:  # careless masks are learned by heart when there is time
             best, trust = copy.deepcopy(annotator), reached
         if trust == 1:

@@ -121,9 +121,11 @@ def train(
     settings: Settings,
     output: Path,
     on_epoch: Callable[[dict[str, float]], None],
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Trains on the samples of the workspace at `root` into the folder `output`; `on_epoch` gets each line of
-    train.jsonl. The number of steps does not depend on the masks: without any, this is the control."""
+    train.jsonl, `say` what goes on before the first. The number of steps does not depend on the masks: without any,
+    this is the control."""
     config, device = settings.train, choose_device(settings.train.device)
     classes = class_names(samples)
     pictures = Pictures(root, without_loose_masks(training_samples(samples)), classes, settings.data.size)
@@ -134,9 +136,11 @@ def train(
     rim, in_context = 0, bool(corrected) and settings.corrections.recipe == "context"
     if in_context and settings.corrections.narrow:
         rim = pictures.narrow_masks()
+        if rim and parallel.is_first():
+            say(f"the masks that people painted are {rim} pixels too wide; that rim is taken off")
     if in_context and settings.corrections.propagate_rate:
         pictures.drawn, pictures.trust = parallel.from_first(
-            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device)
+            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device, say)
         )
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
@@ -328,16 +332,16 @@ def run(stage: Stage) -> None:
                 shutil.copyfile(CONTROL.results / name, ROUND.results / name)
         return
 
-    def say(line: dict[str, float]) -> None:
-        if line["epoch"] == 1 and line["rim"]:
-            print(f"the masks that people painted are {line['rim']} pixels too wide; that rim is taken off", flush=True)
-        print(
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def say_epoch(line: dict[str, float]) -> None:
+        say(
             f"epoch {line['epoch']}/{settings.train.epochs}  loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}"
-            f"  {line['seconds']:.1f} s",
-            flush=True,
+            f"  {line['seconds']:.1f} s"
         )
 
-    train(Path(), samples, settings, stage.results, say)
+    train(Path(), samples, settings, stage.results, say_epoch, say)
 
 
 def main() -> None:

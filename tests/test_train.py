@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -477,6 +478,16 @@ def test_masks_that_were_painted_too_wide_lose_their_rim(
     assert pictures.narrow_masks() == (2 if verdict == "map_fixed" else 0)
     found = pictures[[1, 12]].masks[0, 0].numpy()
     assert np.array_equal(found, MASKS["train01"] if verdict == "map_fixed" else wide["train01"])
+
+
+def test_what_goes_on_before_the_first_epoch_is_said(root: Path, tmp_path: Path) -> None:
+    correct(root, {name: ndimage.maximum_filter(mask, 5) for name, mask in MASKS.items()})
+    said: list[str] = []
+    settings = tiny_settings(train={"epochs": 1})
+    train(root, read_manifest(root), settings, tmp_path / "results", lambda line: said.append("epoch"), said.append)
+    assert said[0] == "the masks that people painted are 2 pixels too wide; that rim is taken off"
+    assert said[1] == f"learning to draw masks from those of {len(MASKS)} pictures, 250 steps"
+    assert re.fullmatch(r"the masks drawn can be trusted by [01]\.\d\d", said[2]) and said[-1] == "epoch"
 
 
 # --- the point of it all

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from abn.config import read_params
-from abn.manifest import read_corrections, read_manifest, read_withdrawn, training_samples
+from abn.manifest import read_corrections, read_manifest, read_withdrawn, training_samples, without_loose_masks
 from flows.versions import Git
 from flows.workspace import Round, Workspace, read_json, read_table, write_table
 
@@ -60,7 +60,8 @@ def find_round(place: Workspace, model: str = "") -> Round:
 def trace(place: Workspace, round_: Round, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The lineage of a round's model, as `abnloop lineage --json` prints it; `state` where round.json lags behind.
 
-    annotations: every one that the model learned from, minutes at the screen; selected_by: for each of their samples
+    annotations: every one that the model learned from, minutes at the screen; masks: how many were `used`, and how many
+    maps that were called fine were `set_aside` (abn.manifest.without_loose_masks); selected_by: for each of the samples
     the round and model version that chose it, its score and why; parent: the champion before it, and whether the
     training went on from its weights; data_version: DVC's MD5 of each part of the data.
     """
@@ -68,6 +69,8 @@ def trace(place: Workspace, round_: Round, state: Mapping[str, Any] | None = Non
     with _as_trained(place, round_, state) as files:
         corrections = sorted(read_corrections(files).values(), key=lambda row: row["sample"])
         parameters, data_version = read_params(files / "params.yaml"), _data_version(files)
+        samples = training_samples(read_manifest(files))
+    given, used = (sum(bool(one.masks) for one in some) for some in (samples, without_loose_masks(samples)))
     annotations = statements(place, corrections)
     verdict = state.get("verdict", {})
     return {
@@ -80,6 +83,7 @@ def trace(place: Workspace, round_: Round, state: Mapping[str, Any] | None = Non
         "parameters": parameters,
         "parent": verdict.get("parent"),
         "annotations": annotations,
+        "masks": {"used": used, "set_aside": given - used},
         "selected_by": _selections(place, {(one["sample"], one["round"]) for one in annotations}),
         "gate": {
             "promoted": state["promoted"],

@@ -25,7 +25,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     gate, parent, data = facts["gate"], facts["parent"], facts["data_version"]
     lines = [
         f"Round {facts['round']}: {'promoted' if gate['promoted'] else 'refused'}, {gate['reason']}.",
-        f"Learned from {people_in_words(facts['annotations'])}.",
+        f"Learned from {learned_in_words(facts)}.",
         f"{parent_in_words(parent)}.",
         f"Code and parameters: git {facts['git_commit'][:12]}. Data: "
         + ", ".join(f"{Path(path).stem} {md5[:8]}" for path, md5 in data.items())
@@ -51,13 +51,17 @@ UNKNOWN = "(unknown)"
 HISTORY = 50  # decisions in the registry's description; models/decisions.csv has them all
 
 
-def people_in_words(annotations: Sequence[Mapping[str, Any]]) -> str:
-    """How much came from whom, who gave most first."""
+def learned_in_words(facts: Mapping[str, Any]) -> str:
+    """How much came from whom, who gave most first, and how many masks that were."""
+    annotations, masks = facts["annotations"], facts["masks"]
     if not annotations:
         return "nothing that anybody said"
     minutes = sum(one["minutes"] for one in annotations)
     by_labeler = ", ".join(f"{labeler} ({len(group)})" for labeler, group in by_labeler_of(annotations).items())
-    return f"{len(annotations)} annotations, {minutes:.1f} minutes: {by_labeler}"
+    words = f"{len(annotations)} annotations, {minutes:.1f} minutes: {by_labeler}; masks used: {masks['used']}"
+    if masks["set_aside"]:
+        words += f", maps called fine and set aside beside so few painted ones: {masks['set_aside']}"
+    return words
 
 
 def parent_in_words(parent: Mapping[str, Any] | None) -> str:
@@ -83,7 +87,7 @@ def as_text(facts: Mapping[str, Any]) -> list[RenderableType]:
         ("model", f"{facts['model']} v{facts['model_version']}, round {facts['round']}{champion}"),
         ("gate", f"{'promoted' if gate['promoted'] else 'refused'}: {gate['reason']}"),
         ("parent", parent_in_words(facts["parent"])),
-        ("learned from", people_in_words(facts["annotations"])),
+        ("learned from", learned_in_words(facts)),
         ("code", f"git {facts['git_commit']}"),
         *(("data" if number == 0 else "", f"{path} {md5}") for number, (path, md5) in enumerate(version.items())),
         *(
@@ -126,7 +130,7 @@ def draw(facts: Mapping[str, Any]) -> str:
     return template.render(
         facts=facts,
         graph=layout(facts),
-        people=people_in_words(facts["annotations"]),
+        learned=learned_in_words(facts),
         parent=parent_in_words(facts["parent"]),
         chosen={one["sample"]: one for one in facts["selected_by"]},
     )

@@ -147,6 +147,20 @@ def test_code_parameters_and_data_are_those_of_the_training(place: Workspace) ->
     assert facts["data_version"]["data/corrections.csv"] != trace(place, place.round(3))["data_version"]
 
 
+def test_maps_called_fine_are_told_apart_from_the_masks_that_were_used(place: Workspace) -> None:
+    mask = {"masks": "data/masks/0003.npz", "sha256": "0"}
+    rows = [
+        {**said(f"train{number:02d}", number, ANNA, 3, verdict), **mask}
+        for number, verdict in ((5, "map_fixed"), (6, "map_ok"), (7, "map_ok"))
+    ]
+    collect(place, 3, rows)
+    open_round(place, 4, ["train08"], promoted=True)
+    facts = trace(place, place.round(4))
+    assert facts["masks"] == {"used": 1, "set_aside": 2}
+    assert "; masks used: 1, maps called fine and set aside beside so few painted ones: 2." in describe(facts)
+    assert trace(place, place.round(3))["masks"] == {"used": 0, "set_aside": 0}
+
+
 def test_the_gate_and_the_parent_are_told(history: Workspace) -> None:
     first, second, third = (trace(history, history.round(number)) for number in (1, 2, 3))
     assert first["parent"] is None
@@ -306,7 +320,7 @@ def test_the_history_of_the_champion_can_be_read_off(place: Workspace) -> None:
 def test_a_version_is_described_for_a_reviewer(history: Workspace) -> None:
     text = describe(trace(history, history.round(3)))
     assert "Round 3: refused, reason 3." in text
-    assert f"Learned from 4 annotations, 2.0 minutes: {ANNA} (2), {BEN} (2)." in text
+    assert f"Learned from 4 annotations, 2.0 minutes: {ANNA} (2), {BEN} (2); masks used: 0." in text
     assert "After v2 (round 2), trained from scratch." in text
 
 

@@ -145,14 +145,20 @@ def summary(runs: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> dict
 
 def draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(6, 4), layout="tight")
     axes = figure.subplots()
     for strategy, points in curves.items():
         columns = {name: np.array([point[name] for point in points]) for name in ("minutes", "accuracy", "std")}
-        axes.errorbar(columns["minutes"], columns["accuracy"], columns["std"], label=strategy, marker="o", capsize=3)
+        error = 1 - columns["accuracy"]
+        axes.errorbar(columns["minutes"], error, columns["std"], label=strategy, marker="o", capsize=3)
+    axes.set_yscale("log")  # else the first round's leap hides all that follows
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("minutes of labelers")
-    axes.set_ylabel("accuracy, random confound")
+    axes.set_ylabel("error, random confound")
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -164,7 +170,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=2.0, help="of labelers a round, by what each picture is expected to take (2)")
     add("--rounds", type=int, default=3)
     add("--strategies", default=",".join(STRATEGIES), help="of " + ", ".join(STRATEGIES))
-    add("--plot", type=Path, help="PNG of accuracy against minutes")
+    add("--plot", type=Path, help="PNG of the error against minutes")
     return parser.parse_args(arguments)
 
 

@@ -7,7 +7,7 @@ its class leaves the network only what the person marked. Related: CAIPI's count
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,22 +64,34 @@ def with_holes(masks: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Ge
     return torch.where(fits.view(-1, 1, 1, 1), cut, masks)
 
 
-def is_small(masks: Float[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 1 1"]:
+def is_small(masks: Shaped[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 1 1"]:
     """Whether less than `SMALL` of the picture is marked."""
-    return masks.mean(dim=(1, 2, 3), keepdim=True) < SMALL
+    return masks.float().mean(dim=(1, 2, 3), keepdim=True) < SMALL
 
 
 def with_surroundings(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Small masks grown, a pixel at a time, until they are no longer small; others, and empty ones, as they are.
+    """Small masks, 0 or 1 per pixel, grown a pixel at a time until they are no longer small; others, and empty ones,
+    as they are.
 
     A spot on a leaf is known by what lies around it: cut out alone it is like nothing that is ever seen.
     """
-    wide = masks
+    wide, left = masks > 0.5, masks.any(dim=(1, 2, 3))
     for _ in range(max(masks.shape[-2:]) // 4):
-        small = is_small(wide) & masks.any(dim=(1, 2, 3), keepdim=True)
-        if not small.any():
+        left = left & is_small(wide).view(-1)
+        if not left.any():
             break
-        wide = torch.where(small, F.max_pool2d(wide, 3, stride=1, padding=1), wide)
+        wide[left] = _grown(wide[left])
+    return wide.to(masks.dtype)
+
+
+def _grown(marked: Bool[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 h w"]:
+    """By a pixel to all eight sides."""
+    tall = marked.clone()
+    tall[..., 1:, :] |= marked[..., :-1, :]
+    tall[..., :-1, :] |= marked[..., 1:, :]
+    wide = tall.clone()
+    wide[..., 1:] |= tall[..., :-1]
+    wide[..., :-1] |= tall[..., 1:]
     return wide
 
 

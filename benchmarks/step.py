@@ -1,8 +1,9 @@
 """What corrections cost a training step: `python -m benchmarks.step --json FILE`.
 
-For each network the settings of params.yaml, once on a batch without any mask and once on one with as many masks as
-training puts there; figures are ratios to the same step with `corrections.recipe: none`, within one run. Arms take
-turns and the median turn counts, in seconds of this process alone, on one thread, so that other work weighs little.
+For each network the settings of params.yaml: on a batch without any mask, and on batches with as many masks of people
+as training puts there and drawn ones of all other pictures, once of half of each picture and once of a spot, which is
+shown with its surroundings. Figures are ratios to the same step with `corrections.recipe: none`, within one run. Arms
+take turns and the median turn counts, in seconds of this process alone, on one thread: other work weighs little.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 
 from abn.data import Pictures
@@ -27,7 +29,7 @@ from abn.train import Objective, Settings
 
 PROJECT = Path(__file__).parent.parent
 NETWORKS = {"cifar_resnet8": (32, 32), "cifar_resnet20": (32, 32), "resnet18": (64, 64)}
-TARGETS = {"without_masks": 1.15, "with_masks": 1.60}
+TARGETS = {"without_masks": 1.15, "with_masks": 1.60, "with_small_masks": 1.60}
 CLASSES = [str(number) for number in range(10)]
 Step = Callable[[], dict[str, float]]
 
@@ -60,11 +62,15 @@ def steps(backbone: str, size: tuple[int, int], count: int) -> dict[str, Step]:
     shipped = Settings.load(PROJECT / "params.yaml")
     settings = replace(shipped, data=replace(shipped.data, size=size), model=replace(shipped.model, backbone=backbone))
     nothing = replace(settings, corrections=replace(settings.corrections, recipe="none"))
-    masked = round(settings.corrections.share * count)
+    unmarked = np.zeros(size, dtype=np.uint8)
+    half, spot = unmarked.copy(), unmarked.copy()
+    half[:, : size[1] // 2] = 255
+    spot[: max(1, size[0] // 10), : max(1, size[1] // 10)] = 255
     return {
-        "none": _step(nothing, count, 0),
-        "without_masks": _step(settings, count, 0),
-        "with_masks": _step(settings, count, masked),
+        "none": _step(nothing, count, unmarked),
+        "without_masks": _step(settings, count, unmarked),
+        "with_masks": _step(settings, count, half),
+        "with_small_masks": _step(settings, count, spot),
     }
 
 
@@ -80,9 +86,14 @@ def ratios(steps: dict[str, Step], turns: int) -> dict[str, float]:
     return {arm: medians[arm] / medians["none"] for arm in TARGETS}
 
 
-def _step(settings: Settings, count: int, masked: int) -> Step:
+def _step(settings: Settings, count: int, mask: UInt8[np.ndarray, "H W"]) -> Step:
+    painted = round(settings.corrections.share * count) if mask.any() else 0
     with tempfile.TemporaryDirectory() as folder:
-        batch = _pictures(Path(folder), settings.data.size, count, masked)[list(range(count))]
+        pictures = _pictures(Path(folder), mask, count, painted)
+        if painted:
+            drawn = torch.from_numpy(mask)[None]
+            pictures.drawn, pictures.trust = dict.fromkeys(range(painted, count), drawn), 1.0
+        batch = pictures[list(range(count))]
     torch.manual_seed(0)
     network = ABN(settings.model, len(CLASSES)).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, settings.train.momentum)
@@ -99,19 +110,17 @@ def _step(settings: Settings, count: int, masked: int) -> Step:
     return step
 
 
-def _pictures(root: Path, size: tuple[int, int], count: int, masked: int) -> Pictures:
-    """Noise; the first `masked` with the left half as mask."""
-    generator = np.random.default_rng(0)
-    mask = np.zeros(size, dtype=np.uint8)
-    mask[:, : size[1] // 2] = 255
+def _pictures(root: Path, mask: UInt8[np.ndarray, "H W"], count: int, painted: int) -> Pictures:
+    """Noise; the first `painted` with the mask."""
+    generator, size = np.random.default_rng(0), mask.shape
     samples = []
     for row in range(count):
         sample = Sample(f"{row:03d}", f"{row:03d}.png", CLASSES[row % len(CLASSES)], "train")
         Image.fromarray(generator.integers(256, size=(*size, 3), dtype=np.uint8)).save(root / sample.image)
-        if row < masked:
+        if row < painted:
             sample = replace(sample, masks="masks.npz", sha256=mask_sha256(mask), painted=True)
         samples.append(sample)
-    np.savez(root / "masks.npz", allow_pickle=False, **{sample.id: mask for sample in samples[:masked]})
+    np.savez(root / "masks.npz", allow_pickle=False, **{sample.id: mask for sample in samples[:painted]})
     return Pictures(root, samples, CLASSES, size)
 
 

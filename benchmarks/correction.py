@@ -67,7 +67,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "upper": NOTHING,  # and trained without the confound
     "upper_random": NOTHING,  # and trained with the confound at random: it has seen what it is tested on
 }
-TRAINED_ON = {"upper": "plain", "upper_random": "random"}  # in place of pictures whose confound tells the class
 NEEDED = ("control", "upper")  # every `recovered` hangs on them
 FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
 COLUMNS = (*FIGURES, "recovered")
@@ -112,10 +111,7 @@ class Problem:
         (root / "data").mkdir()
         (root / "models").mkdir()
         confounded = confound(self.data, spec.confound, self.data.labels, carriers)
-        at_random = np.random.default_rng([seed, 3]).integers(count, size=len(self.data))
-        random = confound(self.data, spec.confound, at_random, carriers)
-        trained = {"confounded": confounded, "plain": self.data, "random": random}
-        self.train = {name: self._write(name, data) for name, data in trained.items()}
+        self.train = {"confounded": self._write("confounded", confounded), "plain": self._write("plain", self.data)}
         self.visible = confounded.masks
         self.drawn_over = (confounded.images != self.data.images).any(axis=-1)
         tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
@@ -123,7 +119,7 @@ class Problem:
         self.test_labels = test.labels
         gold = {f"{name}{row:05d}": _levels(mask) for name in tests for row, mask in enumerate(tests[name].masks)}
         np.savez(root / GOLD, allow_pickle=False, **gold)
-        self.faults = spec.faults
+        self.spec, self.seed, self.carriers = spec, seed, carriers
         self.order = generator.permutation(len(self.data)).tolist()
         self.chosen = choose(self.data.labels, self.order)[: spec.corrections]
 
@@ -134,6 +130,11 @@ class Problem:
             Image.fromarray(image).save(self.root / sample.image, compress_level=1)
             samples.append(sample)
         return samples
+
+    def at_random(self) -> list[Sample]:
+        """The training samples with the confound at random; the other arms do without, so they are drawn when asked."""
+        codes = np.random.default_rng([self.seed, 3]).integers(len(self.classes), size=len(self.data))
+        return self._write("random", confound(self.data, self.spec.confound, codes, self.carriers))
 
     def corrected(self, rows: Sequence[int], name: str) -> list[Sample]:
         """The confounded training samples, those at `rows` with a mask; where there is no object all but the confound,
@@ -146,7 +147,7 @@ class Problem:
                 mask = ~self.drawn_over[row]
             elif not mask.any():
                 continue
-            elif self.faults == "hasty":
+            elif self.spec.faults == "hasty":
                 mask = hasty(mask, np.random.default_rng([row, 2]))
             masks[samples[row].id] = _levels(mask)
             samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(_levels(mask)), painted=True)
@@ -162,8 +163,12 @@ class Problem:
 
     def run(self, arm: str, settings: Settings) -> dict[str, float]:
         """Trains and tests one arm; its figures, and `seconds` of the training."""
-        samples, began = self.train[TRAINED_ON.get(arm, "confounded")], time.perf_counter()
-        if arm == "paper":
+        samples, began = self.train["confounded"], time.perf_counter()
+        if arm == "upper":
+            samples = self.train["plain"]
+        elif arm == "upper_random":
+            samples = self.at_random()
+        elif arm == "paper":
             shutil.copyfile(self.root / "control/model.pt", self.root / "models/start.pt")
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
         elif settings.corrections.recipe != "none":
@@ -217,13 +222,13 @@ def run_seed(
 
 
 def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
-    """Of a training, by all that it depends on but the code: control and upper do not depend on the corrections."""
+    """Of a training, by all that it depends on but the code: control and the uppers do not hang on the corrections."""
     problem = asdict(spec)
     values = asdict(settings)
     if values["corrections"]["recipe"] == "none":
         del problem["corrections"], problem["faults"]
         values["corrections"] = {}
-    if arm in TRAINED_ON:
+    if arm.startswith("upper"):
         values[arm] = True
     digest = hashlib.sha256(json.dumps([problem, seed, values, arm == "paper"], sort_keys=True).encode())
     return digest.hexdigest()[:20]

@@ -177,12 +177,13 @@ def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
 
 def test_the_uppers_learn_from_pictures_whose_confound_tells_nothing(folder: Path, tmp_path: Path) -> None:
     problem = Problem(tmp_path / "problem", spec(folder), 0)
-    labels = np.array([sample.label for sample in problem.train["plain"]])
+    trained = {**problem.train, "random": problem.at_random()}
+    labels = np.array([sample.label for sample in trained["plain"]])
     shown = {
         name: np.stack([np.asarray(Image.open(problem.root / sample.image)) for sample in samples])
-        for name, samples in problem.train.items()
+        for name, samples in trained.items()
     }
-    assert all([sample.label for sample in samples] == labels.tolist() for samples in problem.train.values())
+    assert all([sample.label for sample in samples] == labels.tolist() for samples in trained.values())
     drawn = {name: np.where(images != shown["plain"], images, 0) for name, images in shown.items()}
     for label in problem.classes:
         patches = {name: {patch.tobytes() for patch in images[labels == label]} for name, images in drawn.items()}

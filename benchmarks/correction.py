@@ -158,8 +158,9 @@ class Problem:
         """As many rows as there are corrections: those that the model gets wrong, topped up by those chosen anyway."""
         answers = predict(model, Pictures(self.root, self.train["confounded"], self.classes, model.size), PREDICT)
         wrong = np.flatnonzero(answers.probabilities.argmax(axis=1) != self.data.labels).tolist()
-        wrong = [row for row in self.order if row in set(wrong)]
-        return (wrong + [row for row in self.chosen if row not in set(wrong)])[: len(self.chosen)]
+        known = set(wrong)
+        first = [row for row in self.order if row in known]
+        return (first + [row for row in self.chosen if row not in known])[: len(self.chosen)]
 
     def run(self, arm: str, settings: Settings) -> dict[str, float]:
         """Trains and tests one arm; its figures, and `seconds` of the training."""
@@ -169,6 +170,9 @@ class Problem:
         elif arm == "upper_random":
             samples = self.at_random()
         elif arm == "paper":
+            if not (self.root / "control/model.pt").is_file():  # its figures were kept, its weights were not
+                plain = replace(settings, corrections=replace(settings.corrections, recipe="none"))
+                self.run("control", replace(plain, train=replace(settings.train, start="scratch")))
             shutil.copyfile(self.root / "control/model.pt", self.root / "models/start.pt")
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
         elif settings.corrections.recipe != "none":
@@ -205,7 +209,7 @@ def run_seed(
         for arm in ["control", "upper", *(arm for arm in arms if arm not in NEEDED)]:
             settings = settings_with({"data.size": list(spec.size), **changes, **ARMS[arm], "train.seed": seed})
             kept = keep / f"{_name(spec, seed, arm, settings)}.json" if keep else None
-            if kept and kept.is_file() and not (arm == "control" and "paper" in arms):
+            if kept and kept.is_file():
                 figures[arm] = json.loads(kept.read_text())
             else:
                 problem = problem or Problem(Path(folder), spec, seed)

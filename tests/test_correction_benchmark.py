@@ -193,7 +193,6 @@ def test_the_uppers_learn_from_pictures_whose_confound_tells_nothing(folder: Pat
 def test_the_paper_goes_on_from_the_control_with_its_extractor_frozen(folder: Path, tmp_path: Path) -> None:
     problem = Problem(tmp_path / "problem", spec(folder), 0)
     small = {"data.size": [SIZE, SIZE], "model.backbone": "cifar_resnet8", "train.epochs": 1, "train.batch_size": 8}
-    problem.run("control", settings_with({**small, **ARMS["control"]}))
     problem.run("paper", settings_with({**small, **ARMS["paper"]}))
     before, after = (
         correction.load_model(problem.root / arm / "model.pt").network.state_dict() for arm in ("control", "paper")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from abn.attention import context_reliance, energy_inside, iou
+from abn.attention import context_reliance, energy_inside, iou, pointing_game
 from abn.files import replacing
 from abn.manifest import Sample, class_names
 from abn.predictions import Answers, Predictions, Shards, read_predictions
@@ -21,8 +21,9 @@ def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np
     """The metrics of the samples at `rows`, which all have a label (an index into the classes).
 
     accuracy, balanced_accuracy (mean of the classes' recalls) and worst_class_accuracy are higher-is-better, 0..1.
-    Of the samples with a gold mask: attention_inside_mask and map_iou (higher), mask_share (what chance would give
-    attention_inside_mask), context_reliance (lower), accuracy_in_other_context (higher).
+    Of the samples with a gold mask: attention_inside_mask (higher), mask_share (what chance would give it),
+    context_reliance (lower), accuracy_in_other_context (higher). Of those whose mask fills at least one cell of the
+    map: map_iou and pointing_game (higher).
     """
     answers, truth = predictions.probabilities[rows].argmax(axis=1), labels[rows]
     recalls = [float((answers[truth == label] == label).mean()) for label in np.unique(truth)]
@@ -39,11 +40,14 @@ def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np
         metrics |= {
             "gold_samples": len(gold),
             "attention_inside_mask": float(energy_inside(maps, masks).mean()),
-            "map_iou": float(iou(maps, masks).mean()),
             "mask_share": float(masks.mean()),
             "context_reliance": float(context_reliance(predictions.probabilities[gold], replaced).mean()),
             "accuracy_in_other_context": float((replaced.argmax(axis=1) == labels[gold]).mean()),
         }
+        seen = (masks > 0.5).any(axis=(1, 2))  # of what fills no cell of the map a blank map would be the best
+        if seen.any():
+            metrics["map_iou"] = float(iou(maps[seen], masks[seen]).mean())
+            metrics["pointing_game"] = float(pointing_game(maps[seen], masks[seen]).mean())
     return metrics
 
 

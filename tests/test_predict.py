@@ -221,6 +221,21 @@ def test_metrics_of_the_gold_set_of_a_worked_example() -> None:
     assert metrics["accuracy_in_other_context"] == pytest.approx(0.5)
 
 
+def test_a_gold_mask_that_fills_no_cell_of_the_map_says_nothing_about_where_the_map_looks() -> None:
+    """Else a map that looks nowhere would agree with it best."""
+    spot = np.array([[0.3, 0.0], [0.0, 0.0]])
+    found = table(
+        [[1.0, 0.0], [1.0, 0.0]],
+        maps=np.stack([0 * spot, np.array([[0.9, 0.0], [0.0, 0.1]])]),
+        has_gold=np.array([True, True]),
+        gold_maps=np.stack([spot, 3 * spot]),
+        replaced_probabilities=np.array([[1.0, 0.0], [1.0, 0.0]]),
+    )
+    metrics = measure(found, np.array([0, 0]), np.arange(2))
+    assert (metrics["map_iou"], metrics["pointing_game"]) == (1.0, 1.0)
+    assert not {"map_iou", "pointing_game"} & measure(found, np.array([0, 0]), np.arange(1)).keys()
+
+
 def test_predictions_are_aligned_by_sample_id() -> None:
     samples = [Sample("s1", "", "b", "test"), Sample("s0", "", "a", "train"), Sample("s2", "", "", "pool")]
     labels, splits = align(samples, table([[0.5, 0.5]] * 3), ["a", "b"])

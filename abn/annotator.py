@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from abn.context import binarised, other_pictures, overlap, replace_context, with_surroundings, without_objects
+from abn.context import binarised, in_another_context, overlap, with_surroundings
 from abn.data import DataConfig, Pictures, augment, in_order
 from abn.manifest import MANY_MASKS
 
@@ -24,6 +25,7 @@ from abn.manifest import MANY_MASKS
 # one before did not teach enough: a digit is learned in the first, a scratch on a metal tile takes both.
 CYCLES = (250, 500)
 BATCH_SIZE, LEARNING_RATE, WIDTH, LEVELS = 16, 4e-3, 8, 3
+AT_ONCE = 256  # pictures
 LARGEST = 64  # pixels: larger pictures are annotated at this size; steps are worth more than pixels in the same time
 HELD_OUT = 5  # every fifth correction tells how far to trust the masks that the others taught
 FAIR = 0.7  # an overlap with masks of people from which on the drawn ones are used like theirs
@@ -78,6 +80,7 @@ def annotate(
     lies around them. Where it finds nothing there is no mask. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
+    config = replace(config, shift=round(config.shift * _scale(pictures.size)))  # it counts the pictures' pixels
     taught = judged = list(corrected)
     if len(corrected) >= MANY_MASKS:
         judged = taught[::HELD_OUT]
@@ -127,8 +130,9 @@ def _train(
         rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
         shown, wanted = augment(images[rows], masks[rows], config, generator)
         hard = binarised(wanted)
-        elsewhere = replace_context(shown, hard, other_pictures(without_objects(shown, hard), generator))
+        elsewhere = in_another_context(shown, hard, generator)
         moved = torch.rand(BATCH_SIZE, generator=generator).to(images.device) < 0.5
+        moved &= hard.flatten(1).any(dim=1)  # what is marked may be too thin to be seen at this size
         shown = torch.where(moved.view(-1, 1, 1, 1), elsewhere, shown)
         logits = annotator(_in_other_light(shown, generator), labels[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -144,8 +148,9 @@ def _trust(drawn: dict[int, UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 
 
 
 def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
-    """Binary cross-entropy + 1 - Dice, at least 0. Dice, 2 sum(p m) / (sum(p) + sum(m)), is what keeps a mask of a few
-    pixels from being given up (Milletari et al., V-Net, 3DV 2016)."""
+    """Binary cross-entropy + 1 - Dice, at least 0. Dice is what keeps a mask of a few pixels from being given up, an
+    idea of V-Net (Milletari et al., 3DV 2016); here (2 sum(p m) + 1) / (sum(p) + sum(m) + 1), which an empty mask
+    that is left empty reaches too."""
     drawn = logits.sigmoid()
     both, either = (drawn * masks).sum(dim=(1, 2, 3)), (drawn + masks).sum(dim=(1, 2, 3))
     dice = (2 * both + 1) / (either + 1)
@@ -157,7 +162,7 @@ def _masks(
     annotator: Annotator, pictures: Pictures, rows: Sequence[int], device: torch.device
 ) -> dict[int, UInt8[Tensor, "1 h w"]]:
     found: dict[int, Tensor] = {}
-    for batch in in_order(len(rows), 256):
+    for batch in in_order(len(rows), AT_ONCE):
         part = [rows[i] for i in batch]
         images, labels, _ = _examples(pictures, part, device)
         drawn = (255 * annotator(images, labels).sigmoid()).round().to(torch.uint8).cpu()
@@ -169,14 +174,24 @@ def _examples(
     pictures: Pictures, rows: Sequence[int], device: torch.device
 ) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b"], Float[Tensor, "b 1 h w"]]:
     """Pictures, labels and masks at the size that the annotator sees."""
-    batch = pictures[rows]
-    scale = min(1.0, LARGEST / max(pictures.size))
-    size = [max(1, round(side * scale)) for side in pictures.size]
-    images, masks = (
-        F.interpolate(part.to(device).float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False)
-        for part in (batch.images, batch.masks)
-    )
-    return images, batch.labels.to(device), masks
+    size = [max(1, round(side * _scale(pictures.size))) for side in pictures.size]
+
+    def small(full: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+        return F.interpolate(full.to(device).float() / 255, size, mode="bilinear", antialias=True, align_corners=False)
+
+    # In parts, so that memory does not hold all of them at their full size.
+    images, labels, masks = [], [], []
+    for part in in_order(len(rows), AT_ONCE):
+        batch = pictures[[rows[i] for i in part]]
+        images.append(small(batch.images))
+        labels.append(batch.labels.to(device))
+        masks.append(small(batch.masks))
+    return torch.cat(images), torch.cat(labels), torch.cat(masks)
+
+
+def _scale(size: Sequence[int]) -> float:
+    """Of the annotator's pixels to those of pictures of this (height, width)."""
+    return min(1.0, LARGEST / max(size))
 
 
 def _in_other_light(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:

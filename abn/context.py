@@ -44,6 +44,13 @@ def other_pictures(images: Float[Tensor, "b 3 h w"], generator: torch.Generator)
     return images[partner.to(images.device)]
 
 
+def in_another_context(
+    images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"], generator: torch.Generator
+) -> Float[Tensor, "b 3 h w"]:
+    """Each picture with what surrounds the object of another one of the batch around its own."""
+    return replace_context(images, masks, other_pictures(without_objects(images, masks), generator))
+
+
 def with_holes(masks: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
     """Masks that, with probability `rate`, lack a rectangle of up to 0.4 of the height and 0.6 of the width.
 
@@ -70,8 +77,8 @@ def is_small(masks: Shaped[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 1 1"]:
 
 
 def with_surroundings(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Small masks, 0 or 1 per pixel, grown a pixel at a time until they are no longer small; others, and empty ones,
-    as they are.
+    """Small masks, 0 or 1 per pixel, grown a pixel at a time until they are no longer small, at most by a quarter of
+    the longer side; others, and empty ones, as they are.
 
     A spot on a leaf is known by what lies around it: cut out alone it is like nothing that is ever seen.
     """

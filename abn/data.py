@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from abn.manifest import MaskShards, Sample
+from abn.manifest import MANY_MASKS, MaskShards, Sample
 from abn.rims import rim_width, without_rim
 
 CACHE_BYTES = 4 << 30  # decoded pictures are kept in memory up to this much
@@ -71,6 +72,13 @@ def resize_mask(mask: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[
     return torch.from_numpy(np.array(resized))[None]
 
 
+def still_marked(mask: UInt8[Tensor, "1 h w"]) -> UInt8[Tensor, "1 h w"]:
+    """A resized mask that is over a half somewhere: what became too thin for that is marked where it fills most of a
+    pixel. Else a scratch that somebody painted would be no evidence at all."""
+    most = int(mask.max())
+    return mask if most > 127 or not most else (mask.float() * 255 / most).round().to(torch.uint8)
+
+
 class Pictures(Dataset[Batch]):
     """Samples as tensors. An item is a `Batch` of the given indices, so that a whole batch costs one call."""
 
@@ -124,13 +132,14 @@ class Pictures(Dataset[Batch]):
         if not sample.masks:
             return None
         if index not in self._masks:
-            self._masks[index] = resize_mask(self.shards.get(sample.masks, sample.id, sample.sha256), self.size)
+            mask = self.shards.get(sample.masks, sample.id, sample.sha256)
+            self._masks[index] = still_marked(resize_mask(mask, self.size))
         return self._masks[index]
 
     def narrow_masks(self) -> int:
         """Takes off the masks that people painted by how many pixels they are too wide (abn/rims.py); says how many."""
         painted = [i for i, sample in enumerate(self.samples) if sample.masks and sample.painted]
-        if not painted:
+        if len(painted) < MANY_MASKS:  # few masks show a rim by chance
             return 0
         seen = self[painted[:ENOUGH]]
         width = rim_width(seen.images.float() / 255, (seen.masks > 127).float())
@@ -147,12 +156,17 @@ class Pictures(Dataset[Batch]):
         if mask.shape[1:] == self.size:
             return mask
         large = F.interpolate(mask[None].float(), size=self.size, mode="bilinear", align_corners=False)
-        return large[0].to(torch.uint8)
+        return still_marked(large[0].to(torch.uint8))
 
 
 def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:
     """The given batches in their order; worker processes decode where the pictures do not fit into memory."""
-    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=0 if pictures.cached else 4)
+
+    def begin(worker: int) -> None:
+        pictures.shards.close()  # with its parent it would share the place in an open file
+
+    workers = 0 if pictures.cached else min(4, os.cpu_count() or 1)
+    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=begin)
 
 
 def in_order(count: int, batch_size: int) -> list[list[int]]:
@@ -165,7 +179,8 @@ def epoch_batches(
     """The batches of an epoch over `count` samples, `share` of each batch drawn from the corrected ones.
 
     The number of steps is that of an epoch without corrections, so that training with and without them costs, and
-    compares, the same. The drawn ones come first in a batch. No correction is drawn twice into a batch.
+    compares, the same. The drawn ones come first in a batch, none of them twice; in its own turn one may come
+    once more.
     """
     size = min(batch_size, count)
     drawn = min(round(share * size), len(corrected))

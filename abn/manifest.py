@@ -174,6 +174,10 @@ class MaskShards:
             self._open[file] = np.load(path, allow_pickle=False)
         return file in self._open and sample in self._open[file]
 
+    def close(self) -> None:
+        """Files are opened anew when they are next asked for."""
+        self._open.clear()
+
 
 def mask_sha256(mask: UInt8[np.ndarray, "H W"]) -> str:
     return hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()

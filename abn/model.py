@@ -96,7 +96,8 @@ class ABN(nn.Module):
 
 
 def resize_map(attention_map: Float[Tensor, "b 1 i j"], size: Sequence[int]) -> Float[Tensor, "b 1 h w"]:
-    """A map or mask at another (height, width), 0..1: the mean of what a cell covers if smaller, bilinear if larger."""
+    """A map or mask at another (height, width), 0..1, bilinear: if smaller each cell is a mean that fades into the next
+    ones, so that what fills one cell alone stays under 1."""
     resized = F.interpolate(attention_map, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
     return resized.clamp(0, 1)
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from abn import parallel
 from abn.attention import context_reliance, equivariance_loss
 from abn.config import load_section
-from abn.context import binarised, other_pictures, replace_context, with_surroundings, without_objects
-from abn.data import Pictures, in_order, loader, resize_mask
+from abn.context import binarised, in_another_context, replace_context, with_surroundings
+from abn.data import Pictures, in_order, loader, resize_mask, still_marked
 from abn.early import read_early_confidence
 from abn.manifest import Sample
 from abn.model import LoadedModel, load_model, resize_map
@@ -127,7 +127,7 @@ def _in_another_context(
         # A single picture has to take what there is.
         among = (gold if gold.sum() > 1 else torch.ones_like(gold)).to(images.device)
         images, marked = images[among], with_surroundings(binarised(masks[among]))
-        replaced = replace_context(images, marked, other_pictures(without_objects(images, marked), generator))
+        replaced = in_another_context(images, marked, generator)
         answers[gold.numpy()] = _softmax(model.network(replaced[gold.to(images.device)[among]]).logits)
     return answers
 
@@ -139,8 +139,8 @@ def _gold_masks(pictures: Pictures, indices: Sequence[int]) -> tuple[np.ndarray,
     for row, index in enumerate(indices):
         sample = pictures.samples[index]
         if sample.split in ("val", "test") and pictures.shards.holds(GOLD, sample.id):
-            masks[row] = resize_mask(pictures.shards.get(GOLD, sample.id), pictures.size).float() / 255
-            has_gold[row] = bool((masks[row] > 0.5).any())
+            masks[row] = still_marked(resize_mask(pictures.shards.get(GOLD, sample.id), pictures.size)).float() / 255
+            has_gold[row] = bool(masks[row].any())
     return has_gold, masks
 
 

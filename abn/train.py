@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,6 +156,7 @@ def train(
     for epoch in range(history.done + 1, config.epochs + 1):
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        torch.manual_seed(config.seed * 1_000_003 + epoch)  # of what a network with dropout drops
         batches = list(
             epoch_batches(len(pictures), corrected, config.batch_size, settings.corrections.share, generator)
         )
@@ -248,6 +249,7 @@ class Objective:
         keep = torch.where(small, with_soft_rim(marked, keep), with_holes(keep, config.holes, generator))
         replaced = replace_context(images, keep, contexts)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
+        chosen &= keep.flatten(1).any(dim=1)  # where all that was marked moved out of the picture no evidence is left
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 
 
@@ -325,6 +327,8 @@ def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings) -> s
 def run(stage: Stage) -> None:
     """Train in the workspace that is the current folder."""
     settings, samples = Settings.load("params.yaml"), stage.samples()
+    if not stage.corrected:  # a champion has learned from what people said
+        settings = replace(settings, train=replace(settings.train, start="scratch"))
     if stage == ROUND and samples == CONTROL.samples():
         if parallel.is_first():
             print("nobody has said anything yet: the control is this round's model", flush=True)

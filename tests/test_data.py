@@ -187,6 +187,25 @@ def test_the_loader_keeps_the_order_of_its_batches(root: Path) -> None:
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(30))
 
 
+def test_a_mask_too_thin_for_the_network_s_size_still_marks_something(root: Path) -> None:
+    scratch, nothing = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
+    scratch[:, 30] = 255  # an eighth of a cell
+    correct(root, {"train03": scratch, "train04": nothing})
+    pictures = Pictures(root, read_manifest(root), ["dark", "light"], (8, 8))
+    marked = pictures[[3, 4]].masks[:, 0] > 127
+    assert marked[0].any(dim=0).nonzero().flatten().tolist() == [3] and marked[0].any(dim=1).all()
+    assert not marked[1].any()
+
+
+def test_worker_processes_read_masks_that_their_parent_has_begun_to_read(root: Path) -> None:
+    correct(root, {f"train{i:02d}": square(i) for i in range(20)})
+    pictures = Pictures(root, read_manifest(root), ["dark", "light"], (SIZE, SIZE))
+    assert not (pictures[[0]].masks == 0).all()
+    pictures.cached = False
+    batches = list(loader(pictures, [[i] for i in range(20)] * 4))
+    assert all(torch.equal(batch.masks[0, 0], torch.from_numpy(square(i % 20))) for i, batch in enumerate(batches))
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
 def test_every_kind_of_picture_is_read_as_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / f"picture.{'tiff' if mode == 'CMYK' else 'png'}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -33,9 +34,10 @@ from abn.context import (
 from abn.data import Batch, Pictures
 from abn.evaluate import align, measure
 from abn.losses import l2_map_loss
-from abn.manifest import read_manifest, training_samples, without_loose_masks
+from abn.manifest import MANY_MASKS, read_manifest, training_samples, without_loose_masks
 from abn.model import ABN, ABNOutput, load_model
 from abn.predict import PredictConfig, predict
+from abn.stage import CONTROL, ROUND
 from abn.train import Objective, Settings, TrainConfig, choose_device, learning_rate, train
 from tiny import PROJECT, SIZE, Row, correct, make_workspace, square, tiny_settings, write_params, write_workspace
 
@@ -99,6 +101,13 @@ def test_every_epoch_shuffles_anew(root: Path, tmp_path: Path, monkeypatch: pyte
     run(root, tiny_settings(), tmp_path / "results")
     assert len(shown) == 3
     assert shown[0] != shown[1] != shown[2] != shown[0]
+
+
+def test_a_killed_training_drops_the_same_paths_as_one_that_was_not(root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(model={"backbone": "efficientnet_b0"}, train={"epochs": 2})
+    undisturbed = run(root, settings, tmp_path / "undisturbed")
+    run(root, settings, tmp_path / "killed", killed_after=1)
+    assert run(root, settings, tmp_path / "killed") == undisturbed
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
@@ -235,6 +244,22 @@ def test_training_can_go_on_from_the_champion(root: Path, tmp_path: Path) -> Non
     assert (scratch - champion).abs().max() > 0.01
 
 
+def test_the_control_never_starts_from_a_champion_who_learned_from_people(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(root, epochs=1)
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["train"]["start"] = "champion"
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    (root / "models/start.pt").write_bytes(b"no model: whoever reads it fails")
+    monkeypatch.chdir(root)
+    training.run(CONTROL)
+    assert (root / "results/control/model.pt").is_file()
+    correct(root, MASKS)
+    with pytest.raises(ValueError, match="start.pt"):
+        training.run(ROUND)
+
+
 def test_without_a_champion_training_starts_from_scratch(root: Path, tmp_path: Path) -> None:
     """models/start.pt is empty before the first promotion."""
     champion, _ = run(root, tiny_settings(train={"start": "champion"}), tmp_path / "champion")
@@ -337,6 +362,16 @@ def test_a_picture_that_is_evidence_as_a_whole_stays_as_it_is(root: Path) -> Non
     batch = batch_of(root, [0, 12])
     compute(batch, generator())
     assert torch.equal(network.seen, batch.images.float() / 255)
+
+
+def test_a_picture_out_of_which_all_that_was_marked_moved_keeps_its_surroundings(root: Path) -> None:
+    """Else it would show another picture's surroundings alone, and still have its label."""
+    correct(root, {"train00": np.zeros((SIZE, SIZE), np.uint8), "train03": square(3)})
+    compute, network = objective(still(context_rate=1.0, propagate_rate=0.0))
+    batch = batch_of(root, [0, 3])
+    compute(batch, generator())
+    assert torch.equal(network.seen[0], batch.images[0].float() / 255)
+    assert not torch.equal(network.seen[1], batch.images[1].float() / 255)
 
 
 def test_no_context_is_replaced_at_rate_zero_or_by_the_recipe_of_the_paper(root: Path) -> None:
@@ -458,35 +493,42 @@ def test_a_context_gets_the_light_of_the_picture_in_which_it_is_used() -> None:
     assert torch.equal(light[1], contexts[1]), "no place says how bright"
 
 
+WIDE = {f"train{i:02d}": ndimage.maximum_filter(square(i), 5) for i in range(MANY_MASKS)}
+
+
 @pytest.mark.parametrize(
-    ("verdict", "corrections", "rim"),
+    ("masks", "verdict", "corrections", "rim"),
     [
-        ("map_fixed", {}, 2),
-        ("map_fixed", {"narrow": False}, 0),
-        ("map_fixed", {"recipe": "paper"}, 0),
-        ("map_ok", {}, 0),  # nobody painted it: it is as wide as the network drew it
+        (MANY_MASKS, "map_fixed", {}, 2),
+        (MANY_MASKS - 1, "map_fixed", {}, 0),  # few show a rim by chance
+        (MANY_MASKS, "map_fixed", {"narrow": False}, 0),
+        (MANY_MASKS, "map_fixed", {"recipe": "paper"}, 0),
+        (MANY_MASKS, "map_ok", {}, 0),  # nobody painted it: it is as wide as the network drew it
     ],
 )
 def test_masks_that_were_painted_too_wide_lose_their_rim(
-    root: Path, tmp_path: Path, verdict: str, corrections: dict[str, Any], rim: int
+    root: Path, tmp_path: Path, masks: int, verdict: str, corrections: dict[str, Any], rim: int
 ) -> None:
-    wide = {name: ndimage.maximum_filter(mask, 5) for name, mask in MASKS.items()}
-    correct(root, wide, verdict)
+    correct(root, dict(list(WIDE.items())[:masks]), verdict)
     _, lines = run(root, tiny_settings(train={"epochs": 1}, corrections=corrections), tmp_path / "results")
     assert [line["rim"] for line in lines] == [rim]
+
+
+@pytest.mark.parametrize(("verdict", "width", "left"), [("map_fixed", 2, square(1)), ("map_ok", 0, WIDE["train01"])])
+def test_what_is_left_of_a_mask_that_loses_its_rim(root: Path, verdict: str, width: int, left: np.ndarray) -> None:
+    correct(root, WIDE, verdict)
     pictures = pictures_of(root)
-    assert pictures.narrow_masks() == (2 if verdict == "map_fixed" else 0)
-    found = pictures[[1, 12]].masks[0, 0].numpy()
-    assert np.array_equal(found, MASKS["train01"] if verdict == "map_fixed" else wide["train01"])
+    assert pictures.narrow_masks() == width
+    assert np.array_equal(pictures[[1, 12]].masks[0, 0].numpy(), left)
 
 
 def test_what_goes_on_before_the_first_epoch_is_said(root: Path, tmp_path: Path) -> None:
-    correct(root, {name: ndimage.maximum_filter(mask, 5) for name, mask in MASKS.items()})
+    correct(root, WIDE)
     said: list[str] = []
     settings = tiny_settings(train={"epochs": 1})
     train(root, read_manifest(root), settings, tmp_path / "results", lambda line: said.append("epoch"), said.append)
     assert said[0] == "the masks that people painted are 2 pixels too wide; that rim is taken off"
-    assert said[1] == f"learning to draw masks from those of {len(MASKS)} pictures, 250 steps"
+    assert said[1] == "learning to draw masks from those of 8 pictures, 250 steps"  # two tell how far to trust
     assert re.fullmatch(r"the masks drawn can be trusted by [01]\.\d\d", said[2]) and said[-1] == "epoch"
 
 

@@ -54,7 +54,7 @@ def read_image(path: str | Path, size: tuple[int, int]) -> UInt8[Tensor, "3 h w"
 
 
 def as_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture of any mode as RGB, 0..255."""
+    """A picture of 8 or 16 bits a channel as RGB, 0..255; others are refused before they get here."""
     if image.mode.startswith("I"):  # 16 bits: conversion to RGB would clip them
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))

@@ -356,8 +356,11 @@ def read_source(source: Source) -> Picture | str:
 
 
 def content_of(image: Image.Image) -> str:
-    """What the picture shows, as the SHA-256 of its decoded pixels: as RGB, which is what the network reads."""
-    deep = image.mode[0] in "IF"  # more than 8 bits: RGB would clip them, and different pictures look the same
+    """What the picture shows, as the SHA-256 of its decoded pixels: as RGB, which is what the network reads. Raises
+    ValueError for one of 32 bits a channel: it does not say what is white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32 bits a channel (mode {image.mode}); save it with 8 or 16")
+    deep = image.mode.startswith("I")  # 16 bits: RGB would clip them, and different pictures look the same
     pixels = image if deep else image.convert("RGB")
     digest = hashlib.sha256(f"{pixels.mode} {pixels.width} {pixels.height} ".encode())
     digest.update(pixels.tobytes())

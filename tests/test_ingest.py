@@ -157,6 +157,7 @@ def messy(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     deep = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
     Image.fromarray(deep).save(cats / "deep.png")
     Image.fromarray(deep + 400).save(cats / "deeper.png")  # the same once clipped to 8 bits
+    Image.fromarray(deep.astype(np.int32)).save(cats / "deepest.tiff")  # which does not say what is white
     colour.rotate(90, expand=True).save(cats / "two.tiff")
     project = folder / "project"
     Git.clone(repository, project)
@@ -166,7 +167,9 @@ def messy(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_unreadable_and_repeated_pictures_are_left_out_and_listed(messy: tuple[Path, Report]) -> None:
     folder, report = messy
-    assert sorted(one["image"] for one in report.unreadable) == ["cat/broken.png", "cat/cut.png"]
+    unreadable = {one["image"]: one["reason"] for one in report.unreadable}
+    assert sorted(unreadable) == ["cat/broken.png", "cat/cut.png", "cat/deepest.tiff"]
+    assert unreadable["cat/deepest.tiff"] == "32 bits a channel (mode I); save it with 8 or 16"
     assert report.duplicates == [{"image": "cat/again.png", "same_as": "cat/001.png"}]
     assert not {"cat_broken", "cat_cut", "cat_again"} & {row["id"] for row in manifest(folder / "w")}
     assert str(folder) not in (folder / "w" / "data" / "ingest.json").read_text()

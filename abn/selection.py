@@ -28,6 +28,7 @@ from abn.predictions import Answers, Predictions, Shards
 from abn.stage import ROUND
 
 LOOKED_AT = 20_000  # samples at once
+GRADIENTS = 1 << 28  # numbers that `badge` compares at once, 1 GB; a sample has classes x size of the embedding
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
 MAP_WRONG, MAP_FINE = ("map_fixed",), ("map_ok",)  # verdicts; the others say nothing of the map
 
@@ -245,7 +246,8 @@ def select(
     told: Told | None = None,
 ) -> list[Pick]:
     """The batch: `random_share` of it at random (the unbiased estimate of how many maps are wrong), the rest by the
-    strategy's score, highest first; ties break by sample id. It ends where pictures or expected minutes are spent.
+    strategy's score, highest first; ties break by sample id. It ends where pictures or expected minutes are spent. Of
+    few minutes the random share may not be enough for a picture.
 
     `labels` of all rows of the predictions, -1 unknown. Raises ValueError where the budget is more than the
     candidates.
@@ -258,7 +260,7 @@ def select(
     share = 1.0 if config.strategy == "random" else config.random_share
     shuffled = np.random.default_rng(config.seed).permutation(len(everyone))
     random_pictures = round(share * config.budget)
-    most = max(LOOKED_AT, config.budget)
+    most = max(everyone.comparable(config.strategy), config.budget)
     if len(everyone) <= most or config.strategy in COMPARED_AT_RANDOM:
         compared = np.sort(shuffled[:most])
     else:
@@ -324,6 +326,13 @@ class _Candidates:
         rows = self.rows[chosen]
         table, labels = self.table[rows], self.labels[rows]
         return Pool(table, labels, self.answered, self.doubt, self.early, self.told, self.seed)
+
+    def comparable(self, strategy: str) -> int:
+        """How many may be compared with each other."""
+        if strategy != "badge" or not len(self):
+            return LOOKED_AT
+        one = self.table[self.rows[:1]]
+        return min(LOOKED_AT, max(1, GRADIENTS // (one.probabilities.size * one.embeddings.size)))
 
     def worth_most(self, strategy: str, count: int) -> Int[np.ndarray, "m"]:
         """By themselves, seen a part of the predictions after the other; ties break by sample id."""

@@ -28,7 +28,6 @@ def answers(probabilities: list[list[float]], names: list[str] | None = None, **
         attention_probabilities=given,
         maps=np.zeros((count, 2, 2), np.float32),
         embeddings=np.array(columns.get("embeddings", np.eye(count)), np.float32),
-        equivariance=np.zeros(count, np.float32),
         corner_reliance=np.array(columns.get("corner_reliance", [0.0] * count), np.float32),
         early_confidence=np.array(columns.get("early_confidence", [np.nan] * count), np.float32),
         has_gold=np.zeros(count, bool),
@@ -285,6 +284,24 @@ def test_of_a_large_pool_only_a_part_is_in_memory_at_once(
             name for name, p, label in zip(table.samples, table.probabilities, labels, strict=True) if p[label] < 0.5
         }
         assert {pick.sample for pick in picks if not pick.at_random} <= set(wrong)
+
+
+def test_badge_compares_as_many_as_their_gradients_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    nearest = selection.kmeans_plusplus
+
+    def watched(gradients: np.ndarray, *arguments: Any, **options: Any) -> Any:
+        compared.append(len(gradients))
+        return nearest(gradients, *arguments, **options)
+
+    monkeypatch.setattr(selection, "kmeans_plusplus", watched)
+    monkeypatch.setattr(selection, "GRADIENTS", 20 * 2 * 5)  # of 20 samples: two classes, embeddings of five
+    picks = choose(many(60), [0, 1] * 30, config("badge", 4))
+    assert compared == [20] and len(set(names(picks))) == 4
+    predictions = many(60)
+    p = predictions.probabilities
+    length = np.linalg.norm(p - np.eye(2)[p.argmax(axis=1)], axis=1) * np.linalg.norm(predictions.embeddings, axis=1)
+    assert set(names(picks)) <= set(predictions.samples[np.argsort(-length)[:20]])
 
 
 # --- budgets

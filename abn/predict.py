@@ -1,8 +1,8 @@
 """Model and manifest give predictions: `python -m abn.predict` reads results/model.pt, writes results/predictions/.
 
-One pass answers every sample; a second sees each picture mirrored and moved (does its map go with it?); a third sees
-it with its corners replaced. Samples of the gold set are also shown in another context, which tells how much the answer
-hangs on what lies outside the mask. No other sample costs more than three passes.
+One pass answers every sample, a second sees it with its corners replaced. Samples of the gold set are also shown in
+another context, which tells how much the answer hangs on what lies outside the mask. No other sample costs more than
+two passes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from abn import parallel
-from abn.attention import context_reliance, equivariance_loss
+from abn.attention import context_reliance
 from abn.config import load_section
 from abn.context import binarised, in_another_context, replace_context, with_surroundings
 from abn.data import Pictures, in_order, loader, resize_mask, still_marked
@@ -66,7 +65,6 @@ def predict(
         images = batch.images.to(device).float() / 255
         output = model.network(images)
         maps, probabilities = output.attention_map[:, 0].float().cpu().numpy(), _softmax(output.logits)
-        moved = model.network(mirrored_and_moved(images, images.shape[-1] // maps.shape[-1])).attention_map[:, 0]
         in_other_corners = model.network(corners.replaced(images, batch.indices, output.logits.argmax(dim=1).cpu()))
         gold, masks = _gold_masks(pictures, batch.indices.tolist())
         columns["samples"].append(np.array([pictures.samples[i].id for i in batch.indices.tolist()]))
@@ -74,7 +72,6 @@ def predict(
         columns["attention_probabilities"].append(_softmax(output.attention_logits))
         columns["maps"].append(maps)
         columns["embeddings"].append(output.embedding.float().cpu().numpy())
-        columns["equivariance"].append(equivariance_loss(maps, moved.float().cpu().numpy(), shift=1))
         columns["corner_reliance"].append(context_reliance(probabilities, _softmax(in_other_corners.logits)))
         columns["early_confidence"].append(
             np.array([(early or {}).get(pictures.samples[i].id, np.nan) for i in batch.indices.tolist()], np.float32)
@@ -87,12 +84,6 @@ def predict(
         done += len(images)
         on_batch(done)
     return Predictions(**{name: np.concatenate(parts) for name, parts in columns.items()})
-
-
-def mirrored_and_moved(images: Float[Tensor, "b 3 h w"], pixels: int) -> Float[Tensor, "b 3 h w"]:
-    """Mirrored left and right, then moved down and right; what moves in from outside repeats the edge."""
-    height, width = images.shape[-2:]
-    return F.pad(images.flip(-1), (pixels, 0, pixels, 0), mode="replicate")[..., :height, :width]
 
 
 class Corners:

@@ -37,7 +37,6 @@ class Answers:
 class Predictions(Answers):
     attention_probabilities: Float[np.ndarray, "n k"]  # of the attention branch
     maps: Float[np.ndarray, "n h w"]  # attention maps, 0..1
-    equivariance: Float[np.ndarray, "n"]  # equivariance_loss of the map
     has_gold: Bool[np.ndarray, "n"]  # a gold mask that marks something
     gold_maps: Float[np.ndarray, "n h w"]  # that mask at the map's resolution, 0..1; zero without
     replaced_probabilities: Float[np.ndarray, "n k"]  # with everything outside the gold mask replaced; NaN without

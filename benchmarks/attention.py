@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.nn import functional as F
 
 from abn.attention import (
     Curves,
@@ -35,6 +36,7 @@ from abn.attention import (
     deletion_and_insertion,
     disagreement,
     entropy,
+    equivariance_loss,
     gini,
 )
 from abn.data import Pictures
@@ -111,7 +113,7 @@ def scores_of(trained: Trained) -> dict[str, Float[np.ndarray, "n"]]:
         "corner reliance": found.corner_reliance,
         "early confidence": doubt.early_rank(found),
         "disagreement": disagreement(found.probabilities, found.attention_probabilities),
-        "equivariance": found.equivariance,
+        "equivariance": equivariance(trained.model.network, trained.images, found.maps),
         "concentration (1 - entropy)": 1 - entropy(found.maps),
         "concentration (gini)": gini(found.maps),
         "atypicality in the class": atypicality(found.maps, found.probabilities.argmax(axis=1)),
@@ -120,6 +122,22 @@ def scores_of(trained: Trained) -> dict[str, Float[np.ndarray, "n"]]:
         "confidence": found.probabilities.max(axis=1),
         "suspicion": doubt.suspicion(found),
     }
+
+
+@torch.inference_mode()
+def equivariance(
+    network: ABN, images: Float[Tensor, "n 3 h w"], maps: Float[np.ndarray, "n i j"]
+) -> Float[np.ndarray, "n"]:
+    """`equivariance_loss` of each map, its picture mirrored and moved by a cell of the map."""
+    pixels = images.shape[-1] // maps.shape[-1]
+    moved = [network(mirrored_and_moved(part, pixels)).attention_map[:, 0] for part in images.split(256)]
+    return equivariance_loss(maps, torch.cat(moved).numpy(), shift=1)
+
+
+def mirrored_and_moved(images: Float[Tensor, "b 3 h w"], pixels: int) -> Float[Tensor, "b 3 h w"]:
+    """Mirrored left and right, then moved down and right; what moves in from outside repeats the edge."""
+    height, width = images.shape[-2:]
+    return F.pad(images.flip(-1), (pixels, 0, pixels, 0), mode="replicate")[..., :height, :width]
 
 
 def after_verdicts(trained: Trained, classes: list[str], budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

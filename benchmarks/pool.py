@@ -137,7 +137,6 @@ def _shard(names: list[str], centres: np.ndarray, clusters: np.ndarray, rng: np.
         early_confidence=np.clip(doubtful + 0.6 * unsure[1], 0, 1).astype(np.float32),
         attention_probabilities=answers,
         maps=rng.random((count, MAP, MAP), dtype=np.float32),
-        equivariance=np.zeros(count, np.float32),
         has_gold=np.zeros(count, bool),
         gold_maps=np.zeros((count, MAP, MAP), np.float32),
         replaced_probabilities=np.full((count, CLASSES), np.nan, np.float32),

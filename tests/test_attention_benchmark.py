@@ -48,6 +48,13 @@ def test_gradient_times_input_agrees_with_finite_differences() -> None:
     assert found.max() == pytest.approx(1.0)
 
 
+def test_a_mirrored_and_moved_picture_repeats_the_edge_where_it_moved_in() -> None:
+    images = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    moved = attention.mirrored_and_moved(images, 2)
+    assert torch.equal(moved[..., 2:, 2:], images.flip(-1)[..., :-2, :-2])
+    assert torch.equal(moved[..., 0, 2:], images.flip(-1)[..., 0, :-2])
+
+
 def test_ranking_of_a_worked_example() -> None:
     wrong = np.array([True, False, True, False])
     found = attention.measure(np.array([0.9, 0.8, 0.7, 0.1]), wrong, budget=2)

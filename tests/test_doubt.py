@@ -22,7 +22,6 @@ def pool(count: int = 200, seed: int = 0) -> tuple[Predictions, np.ndarray]:
         attention_probabilities=np.full((count, 2), 0.5),
         maps=np.zeros((count, 2, 2)),
         embeddings=np.eye(10)[cluster] + rng.normal(0, 0.1, (count, 10)),
-        equivariance=np.zeros(count),
         corner_reliance=np.clip(0.3 * wrong + rng.random(count) * 0.7, 0, 1),
         early_confidence=np.clip(0.3 * wrong + rng.random(count) * 0.7, 0, 1),
         has_gold=np.zeros(count, bool),

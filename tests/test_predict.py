@@ -17,7 +17,7 @@ from abn.early import read_early_confidence
 from abn.evaluate import align, measure
 from abn.manifest import Sample, read_manifest
 from abn.model import ABN, LoadedModel
-from abn.predict import Corners, PredictConfig, mirrored_and_moved, predict_into
+from abn.predict import Corners, PredictConfig, predict_into
 from abn.predictions import Predictions, read_predictions, write_shard
 from tiny import ROWS, SIZE, correct, make_workspace, square, tiny_settings, write_params
 
@@ -87,7 +87,7 @@ def test_a_workspace_without_gold_masks_is_answered_too(tmp_path: Path, model: L
     assert not predictions_of(root, model).has_gold.any()
 
 
-def test_a_sample_of_the_pool_costs_three_forward_passes_at_most(tmp_path: Path, model: LoadedModel) -> None:
+def test_a_sample_of_the_pool_costs_two_forward_passes(tmp_path: Path, model: LoadedModel) -> None:
     root = make_workspace(tmp_path)
     (root / "data/gold.npz").unlink()
     passes = []
@@ -96,14 +96,7 @@ def test_a_sample_of_the_pool_costs_three_forward_passes_at_most(tmp_path: Path,
         predictions_of(root, model)
     finally:
         counter.remove()
-    assert sum(passes) <= 3 * len(ROWS)
-
-
-def test_the_map_of_a_mirrored_and_moved_picture_is_compared_where_both_show_the_same() -> None:
-    images = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
-    moved = mirrored_and_moved(images, 2)
-    assert torch.equal(moved[..., 2:, 2:], images.flip(-1)[..., :-2, :-2])
-    assert torch.equal(moved[..., 0, 2:], images.flip(-1)[..., 0, :-2])  # what moves in repeats the edge
+    assert sum(passes) == 2 * len(ROWS)
 
 
 def test_other_corners_come_from_a_picture_of_another_class_and_the_rest_stays(root: Path) -> None:
@@ -140,11 +133,11 @@ def test_contexts_come_from_pictures_whose_object_is_known(
 ) -> None:
     given: list[int] = []
 
-    def others(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def elsewhere(images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         given.append(len(images))
         return images.flip(0)
 
-    monkeypatch.setattr(predict, "other_pictures", others)
+    monkeypatch.setattr(predict, "in_another_context", elsewhere)
     found = predictions_of(root, model, 30)
     assert given == [found.has_gold.sum()] and 1 < given[0] < 30
 
@@ -179,7 +172,6 @@ def table(probabilities: list[list[float]], **columns: np.ndarray) -> Prediction
             "attention_probabilities": given,
             "maps": np.zeros((count, 2, 2)),
             "embeddings": np.zeros((count, 3)),
-            "equivariance": np.zeros(count),
             "corner_reliance": np.zeros(count),
             "early_confidence": np.full(count, np.nan),
             "has_gold": np.zeros(count, bool),

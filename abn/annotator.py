@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abn.context import binarised, in_another_context, overlap, with_surroundings
-from abn.data import DataConfig, Pictures, augment, in_order
+from abn.data import DataConfig, Pictures, augment, in_order, still_marked
 from abn.manifest import MANY_MASKS
 
 # Each cycle of steps begins with the learning rate anew (SGDR, Loshchilov and Hutter, ICLR 2017), and only where the
@@ -132,7 +132,7 @@ def _train(
         hard = binarised(wanted)
         elsewhere = in_another_context(shown, hard, generator)
         moved = torch.rand(BATCH_SIZE, generator=generator).to(images.device) < 0.5
-        moved &= hard.flatten(1).any(dim=1)  # what is marked may be too thin to be seen at this size
+        moved &= hard.flatten(1).any(dim=1)  # what was marked may have moved out of the picture
         shown = torch.where(moved.view(-1, 1, 1, 1), elsewhere, shown)
         logits = annotator(_in_other_light(shown, generator), labels[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -185,7 +185,7 @@ def _examples(
         batch = pictures[[rows[i] for i in part]]
         images.append(small(batch.images))
         labels.append(batch.labels.to(device))
-        masks.append(small(batch.masks))
+        masks.append(still_marked(small(batch.masks)))
     return torch.cat(images), torch.cat(labels), torch.cat(masks)
 
 

@@ -72,11 +72,11 @@ def resize_mask(mask: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[
     return torch.from_numpy(np.array(resized))[None]
 
 
-def still_marked(mask: UInt8[Tensor, "1 h w"]) -> UInt8[Tensor, "1 h w"]:
-    """A resized mask that is over a half somewhere: what became too thin for that is marked where it fills most of a
+def still_marked(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Resized masks, 0..1, over a half somewhere: what became too thin for that is marked where it fills most of a
     pixel. Else a scratch that somebody painted would be no evidence at all."""
-    most = int(mask.max())
-    return mask if most > 127 or not most else (mask.float() * 255 / most).round().to(torch.uint8)
+    most = masks.amax(dim=(1, 2, 3), keepdim=True)
+    return torch.where((most > 0) & (most <= 0.5), masks / most.clamp(min=1e-6), masks)
 
 
 class Pictures(Dataset[Batch]):
@@ -132,8 +132,8 @@ class Pictures(Dataset[Batch]):
         if not sample.masks:
             return None
         if index not in self._masks:
-            mask = self.shards.get(sample.masks, sample.id, sample.sha256)
-            self._masks[index] = still_marked(resize_mask(mask, self.size))
+            mask = resize_mask(self.shards.get(sample.masks, sample.id, sample.sha256), self.size)
+            self._masks[index] = _bytes(still_marked(mask[None].float() / 255))[0]
         return self._masks[index]
 
     def narrow_masks(self) -> int:
@@ -146,7 +146,7 @@ class Pictures(Dataset[Batch]):
         for index in painted if width else []:
             mask = self._mask(index)
             assert mask is not None, "a person painted it"
-            self._masks[index] = (255 * without_rim(mask[None].float() / 255, width)[0]).round().to(torch.uint8)
+            self._masks[index] = _bytes(without_rim(mask[None].float() / 255, width))[0]
         return width
 
     def _drawn_mask(self, index: int) -> Tensor:
@@ -155,8 +155,12 @@ class Pictures(Dataset[Batch]):
         mask = self.drawn[index]  # of a large picture smaller than the picture
         if mask.shape[1:] == self.size:
             return mask
-        large = F.interpolate(mask[None].float(), size=self.size, mode="bilinear", align_corners=False)
-        return still_marked(large[0].to(torch.uint8))
+        large = F.interpolate(mask[None].float() / 255, size=self.size, mode="bilinear", align_corners=False)
+        return _bytes(still_marked(large))[0]
+
+
+def _bytes(masks: Float[Tensor, "b 1 h w"]) -> UInt8[Tensor, "b 1 h w"]:
+    return (255 * masks).round().to(torch.uint8)
 
 
 def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:

@@ -130,9 +130,9 @@ def _gold_masks(pictures: Pictures, indices: Sequence[int]) -> tuple[np.ndarray,
     for row, index in enumerate(indices):
         sample = pictures.samples[index]
         if sample.split in ("val", "test") and pictures.shards.holds(GOLD, sample.id):
-            masks[row] = still_marked(resize_mask(pictures.shards.get(GOLD, sample.id), pictures.size)).float() / 255
+            masks[row] = resize_mask(pictures.shards.get(GOLD, sample.id), pictures.size).float() / 255
             has_gold[row] = bool(masks[row].any())
-    return has_gold, masks
+    return has_gold, still_marked(masks)
 
 
 def _softmax(logits: Tensor) -> Float[np.ndarray, "b k"]:

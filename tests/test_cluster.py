@@ -156,6 +156,7 @@ def test_data_go_to_s3_and_come_back(s3: str, tmp_path: Path) -> None:
     assert PASSWORD not in (tmp_path / ".dvc/config").read_text()
 
 
+TOKEN = services.TOKEN_VARIABLE
 COMPOSE = yaml.safe_load((PROJECT / "compose.yaml").read_text())
 
 
@@ -174,6 +175,11 @@ def test_the_compose_file_names_what_the_embedded_servers_read() -> None:
     assert COMPOSE["services"]["label-studio"]["image"].rpartition(":")[2] in studio
     pinned = (PROJECT / "pyproject.toml").read_text()
     assert f"prefect=={COMPOSE['services']['prefect']['image'].rpartition(':')[2].partition('-')[0]}" in pinned
+
+
+def test_what_talks_to_label_studio_has_its_token() -> None:
+    having = {name for name, service in COMPOSE["services"].items() if TOKEN in service.get("environment", {})}
+    assert having == {"live", "loop"}  # live keeps masks live there, and hints to collect
 
 
 def compose_config(**environment: str) -> subprocess.CompletedProcess[str]:

@@ -31,9 +31,14 @@ EMAIL = "admin@example.com"  # Label Studio wants something that looks like an a
 TITLES = {"label_studio": "Label Studio", "prefect": "Prefect", "mlflow": "MLflow", "live": "abnloop"}
 HEALTH = {"label_studio": "/health", "prefect": "/api/health", "mlflow": "/health", "live": "/health"}
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"  # the token of a Label Studio that is not ours to start
-# Where the embedded servers keep what they know, in place of SQLite and files in the workspace. They hold passwords, so
-# they come from the environment alone, under the servers' own names.
-STORES = ("PREFECT_API_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION")
+# Where the embedded servers keep what they know, in place of SQLite and files in the workspace. Some hold passwords, so
+# all come from the environment alone, under the servers' own names; their other settings are not taken from there.
+STORES = (
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+    "MLFLOW_BACKEND_STORE_URI",
+    "MLFLOW_ARTIFACTS_DESTINATION",
+    "MLFLOW_S3_ENDPOINT_URL",
+)
 
 # Those that this process started: whoever starts a process has to wait for its end.
 _children: dict[int, subprocess.Popen[bytes]] = {}

@@ -192,6 +192,17 @@ def test_ports_that_cannot_be_are_refused() -> None:
         Services(8080, 4200, 5000, 4200)
 
 
+def test_servers_take_their_stores_from_the_environment_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*services.STORES, "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, "http://elsewhere")
+    _, environment, _ = services._commands(make_workspace(tmp_path), "mlflow", 1)
+    assert {environment[name] for name in services.STORES} == {"http://elsewhere"}
+    assert environment["MLFLOW_S3_ENDPOINT_URL"] == "http://elsewhere"
+    assert not {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"} & environment.keys()
+
+
 def test_an_external_label_studio_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(services.TOKEN_VARIABLE, raising=False)
     workspace = make_workspace(tmp_path, url="https://labels.example.com/")

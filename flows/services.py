@@ -561,7 +561,6 @@ def _check_disk(workspace: Workspace) -> list[Finding]:
     free = shutil.disk_usage(workspace.root).free / 2**30
     if free < 5:
         level: Literal["broken", "advice"] = "broken" if free < 1 else "advice"
-        return [
-            Finding(level, f"{free:.1f} GiB of disk are left", "make room; `dvc gc --workspace` drops old versions")
-        ]
+        remedy = "make room; `dvc gc --workspace --all-tags` drops the data that no round needs"
+        return [Finding(level, f"{free:.1f} GiB of disk are left", remedy)]
     return []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -225,6 +227,25 @@ def test_doctor_names_what_is_wrong_and_each_remedy(no_label_studio: Workspace) 
     assert by_what["Prefect is down"] == Finding("advice", "Prefect is down", "`abnloop up` starts it")
     assert any("127.0.0.1:9" in finding.what and finding.level == "broken" for finding in findings)
     assert [finding.level for finding in findings] == sorted((f.level for f in findings), reverse=True)
+
+
+def test_the_remedy_for_a_full_disk_costs_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = make_workspace(tmp_path)
+    git, dvc = Git(workspace.root), Dvc(workspace.root)
+    dvc.init()
+    hashes = []
+    for number in (1, 2, 3):
+        workspace.gold.write_bytes(bytes([number]))
+        git.commit([".dvc", ".dvcignore", *dvc.add(["data/gold.npz"])], f"Masks {number}")
+        hashes.append(hashlib.md5(bytes([number]), usedforsecurity=False).hexdigest())
+        if number != 2:
+            git.tag(f"round/{number:04d}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 2**30))
+    (finding,) = services._check_disk(workspace)
+    assert (finding.level, finding.what) == ("advice", "2.0 GiB of disk are left")
+    command = finding.remedy.split("`")[1].removeprefix("dvc ").split()
+    dvc._run(*command, "--force")
+    assert [dvc.caches(one) for one in hashes] == [True, False, True]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

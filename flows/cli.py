@@ -41,11 +41,16 @@ WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The wo
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(help="The workspace to make; it must not exist yet.")],
-    images: Annotated[Path, typer.Option(help="Class folders: IMAGES/CLASS/FILE.")],
+    images: Annotated[
+        Path, typer.Option(help="Class folders: IMAGES/CLASS/FILE. With --index, where its files may lie.")
+    ],
     masks: Annotated[Path | None, typer.Option(help="MASKS/CLASS/NAME.png, white on black.")] = None,
     index: Annotated[
         Path | None,
-        typer.Option(help="A CSV in place of folders; columns among id, image, cls or label, split, group, mask."),
+        typer.Option(
+            help="A CSV in place of folders; columns among id, image, cls or label, split (train, val, test or pool), "
+            "group, mask. Paths start at its folder."
+        ),
     ] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Leave a class out; may be repeated.")] = None,
     settings: Annotated[
@@ -59,9 +64,10 @@ def init(
 ) -> None:
     """Make a workspace: a clone of the project with its own data, DVC and git history.
 
-    Splits that no CSV gives are stratified (train 0.7, val 0.15, test 0.15) and never cut a group. The same picture
-    in two splits is refused. Masks of val and test become the gold set, which judges maps and trains nothing; masks
-    of train and pool are known only to simulated labelers.
+    Splits that no CSV gives are stratified (train 0.7, val 0.15, test 0.15) and never cut a group; what a CSV gives
+    no label goes to the pool. The same picture in two splits is refused. Masks of val and test become the gold set,
+    which judges maps and trains nothing; masks of train and pool are known only to simulated labelers. Unless
+    data.size is set, it is the pictures' median shape, at most 128 pixels a side, which may hide fine defects.
 
     Example: `abnloop init leaves --images leaf_photos --masks leaf_masks --drop mixed --set train.epochs=20`
     """
@@ -270,7 +276,9 @@ def labelers_report(
 def simulate(
     workspace: WorkspaceOption = Path(),
     labelers: Annotated[int, typer.Option(help="How many, each with an account of their own.")] = 1,
-    faults: Annotated[str, typer.Option(help="none, careful, careless (they paint badly) or hasty.")] = "careful",
+    faults: Annotated[
+        str, typer.Option(help="none, careful, careless (they paint badly) or hasty (they answer lazily).")
+    ] = "careful",
     seed: Annotated[int, typer.Option(help="Of their faults.")] = 0,
 ) -> None:
     """Let simulated labelers answer what is open, from the masks that `init` set aside for them.

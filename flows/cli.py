@@ -588,7 +588,8 @@ def _print_states(states: list[Any]) -> None:
         colour, pid, log = colours[state.state], str(state.pid or ""), state.log.name if state.log else ""
         table.add_row(state.title, f"[{colour}]{state.state}[/]", state.address, pid, log)
     console.print(table)
-    console.print(f"logs: {escape(str(states[-1].log.parent))}", soft_wrap=True)
+    for folder in {state.log.parent for state in states if state.log}:  # one, or none where all run elsewhere
+        console.print(f"logs: {escape(str(folder))}", soft_wrap=True)
 
 
 def _print_answers(rows: Iterable[dict[str, Any]], classes: list[str]) -> None:

@@ -266,6 +266,14 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert "Traceback" in run("status", "--workspace", str(tmp_path), ABNLOOP_TRACEBACK="1").stderr
 
 
+def test_services_that_all_run_elsewhere_are_shown_too(tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    make_workspace(tmp_path, url=nowhere, prefect_url=nowhere, mlflow_url=nowhere, live_url=nowhere)
+    done = run("status", "--workspace", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("external") == 4 and "logs:" not in done.stdout
+
+
 def test_a_setting_without_a_value_is_one_line(tmp_path: Path) -> None:
     done = run("init", str(tmp_path / "w"), "--images", str(tmp_path), "--set", "train.epochs")
     assert (done.returncode, done.stderr) == (

@@ -80,7 +80,8 @@ def annotate(
     lies around them. Where it finds nothing there is no mask. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = replace(config, shift=round(config.shift * _scale(pictures.size)))  # it counts the pictures' pixels
+    # A shift counts the pictures' pixels; one of two is kept, since moving makes many examples of few.
+    config = replace(config, shift=max(round(config.shift * _scale(pictures.size)), min(config.shift, 2)))
     taught = judged = list(corrected)
     if len(corrected) >= MANY_MASKS:
         judged = taught[::HELD_OUT]

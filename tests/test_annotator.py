@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,23 @@ def test_large_pictures_are_annotated_small_and_used_large(root: Path, monkeypat
     batch = pictures[[0, min(pictures.drawn)]]
     assert batch.masks.shape == (2, 1, 160, 80)
     assert batch.trust.tolist() == [1.0, pytest.approx(pictures.trust)]
+
+
+@pytest.mark.parametrize(("shift", "moved"), [(0, 0), (1, 1), (2, 2), (40, 16)])
+def test_pictures_annotated_small_are_moved_as_little(
+    root: Path, monkeypatch: pytest.MonkeyPatch, shift: int, moved: int
+) -> None:
+    shifts: set[int] = set()
+    augment = annotator.augment
+
+    def watched(images: torch.Tensor, masks: torch.Tensor, config: DataConfig, generator: torch.Generator) -> Any:
+        shifts.add(config.shift)
+        return augment(images, masks, config, generator)
+
+    monkeypatch.setattr(annotator, "augment", watched)
+    monkeypatch.setattr(annotator, "CYCLES", (1,))
+    annotate(pictures_of(root, {"train00": square(0)}, (160, 80)), [0], 2, DataConfig((160, 80), True, shift), 0, CPU)
+    assert shifts == {moved}
 
 
 @pytest.mark.parametrize("size", [(8, 8), (17, 31), (64, 128)])

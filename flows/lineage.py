@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from PIL import Image, ImageOps
 
 from abn.config import read_params
 from abn.manifest import read_corrections, read_manifest, read_withdrawn, training_samples, without_loose_masks
+from flows.ingest import content_of
 from flows.versions import Git
 from flows.workspace import Round, Workspace, read_json, read_table, write_table
 
@@ -211,13 +211,13 @@ def sample_of(place: Workspace, image: Path) -> str:
         if path.stat().st_size == len(content) and path.read_bytes() == content:
             return name
     try:
-        size, pixels = _look(image)
+        size, shown = _look(image)
     except OSError as error:
         raise ValueError(f"{image} is not a picture: {error}") from error
     for name, path in paths.items():
         with Image.open(path) as other:
             same_size = other.size == size
-        if same_size and np.array_equal(_look(path)[1], pixels):
+        if same_size and _look(path)[1] == shown:
             return name
     raise ValueError(f"no picture of {place.root} shows the same as {image}")
 
@@ -267,8 +267,8 @@ def _selections(place: Workspace, asked: set[tuple[str, int]]) -> list[dict[str,
     return selections
 
 
-def _look(path: Path) -> tuple[tuple[int, int], np.ndarray]:
-    """Size (width, height) and RGB of the upright picture."""
+def _look(path: Path) -> tuple[tuple[int, int], str]:
+    """Size (width, height) and content of the upright picture."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
-        return upright.size, np.asarray(upright.convert("RGB"))
+        return upright.size, content_of(upright)

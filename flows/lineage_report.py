@@ -32,7 +32,7 @@ def describe(facts: Mapping[str, Any]) -> str:
         + ".",
         f"Every annotation: `abnloop lineage v{facts['model_version']}`, or lineage.html of the round's run.",
     ]
-    return "\n\n".join(lines)
+    return _cut("\n\n".join(lines))
 
 
 def describe_history(decisions: Sequence[Mapping[str, str]]) -> str:
@@ -44,11 +44,19 @@ def describe_history(decisions: Sequence[Mapping[str, str]]) -> str:
     ]
     head = ["| decided | version | | champion since then | why |", "| --- | --- | --- | --- | --- |"]
     now = f"The champion is v{decisions[-1]['champion']}."
-    return "\n".join([now, "", *head, *rows[:HISTORY]])
+    return _cut("\n".join([now, "", *head, *rows]))
+
+
+def _cut(text: str) -> str:
+    """As many whole lines as the registry holds; models/decisions.csv and lineage.json have everything."""
+    if len(text) <= DESCRIPTION:
+        return text
+    return text[: text.rfind("\n", 0, DESCRIPTION)] + "\n\n…"
 
 
 UNKNOWN = "(unknown)"
-HISTORY = 50  # decisions in the registry's description; models/decisions.csv has them all
+NAMED = 10  # labelers in a sentence
+DESCRIPTION = 4900  # characters; MLflow's column is of 5000, which PostgreSQL enforces and SQLite does not
 
 
 def learned_in_words(facts: Mapping[str, Any]) -> str:
@@ -57,8 +65,11 @@ def learned_in_words(facts: Mapping[str, Any]) -> str:
     if not annotations:
         return "nothing that anybody said"
     minutes = sum(one["minutes"] for one in annotations)
-    by_labeler = ", ".join(f"{labeler} ({len(group)})" for labeler, group in by_labeler_of(annotations).items())
-    words = f"{len(annotations)} annotations, {minutes:.1f} minutes: {by_labeler}; masks used: {masks['used']}"
+    gave = {labeler: len(group) for labeler, group in by_labeler_of(annotations).items()}
+    named = [f"{labeler} ({count})" for labeler, count in list(gave.items())[:NAMED]]
+    if len(gave) > NAMED:
+        named.append(f"{len(gave) - NAMED} others ({sum(list(gave.values())[NAMED:])})")
+    words = f"{len(annotations)} annotations, {minutes:.1f} minutes: {', '.join(named)}; masks used: {masks['used']}"
     if masks["set_aside"]:
         words += f", maps called fine and set aside beside so few painted ones: {masks['set_aside']}"
     return words

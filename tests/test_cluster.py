@@ -102,6 +102,8 @@ def test_mlflow_and_prefect_keep_what_they_know_in_postgresql(
     monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"{databases['prefect']}/prefect")
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"{databases['mlflow']}/mlflow")
     monkeypatch.setenv(services.TOKEN_VARIABLE, "nobody's")
+    columns = ("decided", "decision", "champion", "reason", "round", "model_version")
+    decision = dict.fromkeys(columns, "a hundred of these are longer than a column of MLflow's")
     try:
         states = {state.name: state.state for state in services.up(place)}
         assert states == {"label_studio": "external", "prefect": "up", "mlflow": "up", "live": "external"}
@@ -109,6 +111,9 @@ def test_mlflow_and_prefect_keep_what_they_know_in_postgresql(
         use = "import sys\nfrom pathlib import Path\nfrom flows.tracking import Tracker\n"
         use += "from prefect.client.orchestration import get_client\ntracker = Tracker(sys.argv[1], 'leaves')\n"
         use += "tracker.log_metrics(tracker.begin_round(1, {}, {})['round'], {'accuracy': 0.5})\n"
+        use += "from flows.lineage_report import describe_history\n"
+        use += "tracker.client.create_registered_model('leaves')\n"
+        use += f"tracker.describe_model(describe_history({[decision] * 100}))\n"
         use += "with get_client(sync_client=True) as client:\n"
         use += "    client.upsert_global_concurrency_limit_by_name('abnloop-gpu', 2)\n"
         environment = {**os.environ, "PREFECT_API_URL": known.prefect, "PREFECT_HOME": str(place.prefect)}

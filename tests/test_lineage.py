@@ -24,7 +24,7 @@ from flows.versions import Git
 from flows.withdrawals import withdraw
 from flows.workspace import Workspace, read_table, write_json, write_table
 from test_commands import Run, abnloop  # noqa: F401 - a fixture
-from tiny import correction, make_workspace, write_params
+from tiny import SIZE, correction, make_workspace, write_params
 
 ANNA, BEN = "anna@example.com", "ben@example.com"
 
@@ -290,6 +290,24 @@ def test_a_picture_is_known_by_what_it_shows(history: Workspace, tmp_path: Path)
     Image.fromarray(pixels).save(other)
     with pytest.raises(ValueError, match="no picture of .* shows the same as"):
         sample_of(history, other)
+
+
+def test_a_deep_picture_is_not_the_one_that_it_would_be_clipped_to(place: Workspace, tmp_path: Path) -> None:
+    Image.new("RGB", (SIZE, SIZE), "white").save(place.root / "data/images/train05.png")
+    Image.fromarray(np.full((SIZE, SIZE), 4000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="no picture of .* shows the same as"):
+        sample_of(place, tmp_path / "deep.png")
+
+
+def test_the_registry_is_told_no_more_than_it_holds(history: Workspace) -> None:
+    """PostgreSQL refuses what is longer than MLflow's column; the newest decisions come first."""
+    decision = {"decided": "2026-03-01", "decision": "promoted", "champion": "9", "reason": "accuracy +0.01; " * 8}
+    told = describe_history([{**decision, "round": str(n), "model_version": str(n)} for n in range(60)])
+    assert len(told) < 5000 and told.endswith("\n…") and "(round 59)" in told and "(round 0)" not in told
+    facts = trace(history, history.round(2))
+    facts["annotations"] = [{**facts["annotations"][0], "labeler": f"{n:03}@example.com"} for n in range(401)]
+    assert "009@example.com (1), 391 others (391); masks used" in describe(facts) and len(describe(facts)) < 5000
+    assert "…" not in describe(trace(history, history.round(2)))
 
 
 def test_a_file_that_is_no_picture_is_refused(history: Workspace, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def ingest(place: Workspace) -> Ingested:
         ours = [place.relative(place.manifest), place.relative(place.captured), f"{place.relative(place.images)}.dvc"]
         if begun.exists():
             git.restore(ours)
+            begun.unlink()  # once: what is changed after that is somebody's
         if foreign := sorted(set(ours) & set(git.changed_paths())):
             raise ValueError(f"{foreign[0]} has changes that are not committed; commit them or undo them first")
         if not kept:

@@ -169,3 +169,25 @@ def test_killed_anywhere_it_ends_with_the_same(place: Workspace, monkeypatch: py
     assert {row["sample"] for row in read_table(place.captured)} == names
     assert len(done.left_out) == 2, "they were committed, and are only forgotten now"
     assert Git(place.root).is_clean() and inbox.pictures() == []
+
+
+def test_what_was_changed_after_an_interruption_was_undone_is_somebodys(
+    place: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = open_inbox(place)
+    sha256 = put(inbox, 101)
+
+    def die(*arguments: Any, **named: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dvc, "add", die)
+        with pytest.raises(Killed):
+            ingest(place)
+    inbox.remove([sha256])
+    assert ingest(place).added == 0 and Git(place.root).is_clean()
+    mine = place.manifest.read_text() + "mine,data/images/mine.png,light,train,\n"
+    place.manifest.write_text(mine)
+    with pytest.raises(ValueError, match=r"data/manifest\.csv has changes that are not committed"):
+        ingest(place)
+    assert place.manifest.read_text() == mine

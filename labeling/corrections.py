@@ -160,8 +160,11 @@ def _mean(masks: Sequence[np.ndarray]) -> np.ndarray | None:
     return np.mean(masks, axis=0).astype(np.uint8) if masks else None
 
 
-def _side(correction: Correction) -> str | None:
-    return correction.label or ("mask" if correction.mask is not None else correction.verdict)
+def _side(correction: Correction) -> tuple[str, str]:
+    """A class may have any name, that of a verdict too."""
+    if correction.label:
+        return "class", correction.label
+    return "verdict", "mask" if correction.mask is not None else correction.verdict
 
 
 def _iou(one: np.ndarray, other: np.ndarray) -> float:

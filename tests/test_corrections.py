@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labeling.corrections import Correction, Dispute, read_corrections, settle
+from labeling.corrections import Correction, Dispute, agreement, read_corrections, settle
 from labeling.screen import class_key
 from labeling.simulator import FAULTS, Faults, human_mask
 from labeling.tasks import Question, as_mask, heatmap, make_task, mask_result, verdict_results
@@ -337,6 +337,14 @@ def test_the_larger_side_wins_and_weighs_less_than_all_would() -> None:
 def test_a_tie_or_strong_disagreement_is_a_dispute(ann: Any, bob: Any, reason: str) -> None:
     corrections = opinions(says("ann", ann), says("bob", bob, 2))
     assert settle(corrections, panel=2) == ([], [Dispute("s1", reason, tuple(corrections))])
+
+
+@pytest.mark.parametrize(("name", "other"), [("mask", fixed()), ("unusable", verdict_results("unusable"))])
+def test_a_class_with_the_name_of_a_verdict_is_another_side(name: str, other: Any) -> None:
+    task = a_task(says("ann", verdict_results("label_wrong", name)), says("bob", other, 2))
+    corrections, _ = read_corrections([task], [*CLASSES, name])
+    agreed, disputes = settle(corrections, panel=2)
+    assert agreed == [] and len(disputes) == 1 and agreement(*corrections) == 0
 
 
 def test_after_another_look_masks_are_merged_however_little_they_agree_unless_nothing_is_left() -> None:

@@ -80,7 +80,7 @@ def _reasonable(rounds: Sequence[Mapping[str, Any]], config: StopConfig) -> str:
     if not config.unreasonable or not asked:
         return ""
     verdicts = asked[-1]
-    wrong = sum(verdicts.get(name, 0) for name in ("map_fixed", "whole_image"))
+    wrong = sum(verdicts.get(name, 0) for name in ("map_fixed", "whole_image", "all_but_map"))
     told = wrong + verdicts.get("map_ok", 0)
     if not told or wrong / told > config.unreasonable:
         return ""

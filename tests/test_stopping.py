@@ -66,6 +66,7 @@ def test_nothing_unreasonable_is_left_where_people_mend_few_maps_of_the_last_bat
         "nothing unreasonable is left"
     )
     assert reason_to_stop([{"verdicts": few}, {"verdicts": {**few, "map_fixed": 2}}], config) == ""
+    assert reason_to_stop([{"verdicts": {**few, "all_but_map": 1}}], config) == ""
     assert reason_to_stop([{"verdicts": {"label_wrong": 3}}], config) == "", "that says nothing of maps"
 
 

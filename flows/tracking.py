@@ -48,7 +48,7 @@ class Tracker:
 
     def experiment(self) -> str:
         """Id of the experiment, made where it is missing."""
-        found = self.client.get_experiment_by_name(self.name)
+        found = self._call(self.client.get_experiment_by_name, self.name)
         return found.experiment_id if found else self.client.create_experiment(self.name)
 
     def begin_round(self, number: int, tags: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, str]:
@@ -191,14 +191,20 @@ class Tracker:
         return runs[0] if runs else None
 
     def _call(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The network may fail for a moment; what the server refuses is not repeated."""
+        """The network may fail for a moment, for longer it is a ConnectionError; what the server refuses is not
+        repeated."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_passing),
             wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=10),
             stop=tenacity.stop_after_delay(60),
             reraise=True,
         )
-        return retrying(call, *arguments, **named)
+        try:
+            return retrying(call, *arguments, **named)
+        except MlflowException as error:
+            if _passing(error):
+                raise ConnectionError(f"MLflow does not answer: {error}; look at it with `abnloop status`") from error
+            raise
 
 
 def _passing(error: BaseException) -> bool:

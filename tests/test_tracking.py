@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import pytest
+import tenacity
+
+from flows.tracking import Tracker
+
+
+def test_an_mlflow_that_does_not_answer_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenacity, "stop_after_delay", lambda seconds: tenacity.stop_after_attempt(2))
+    monkeypatch.setattr(tenacity, "wait_exponential_jitter", lambda **_: tenacity.wait_none())
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker("http://127.0.0.1:9", "leaves")
+    for call in (tracker.experiment, lambda: tracker.promote("1")):
+        with pytest.raises(ConnectionError, match="MLflow does not answer: .*; look at it with `abnloop status`"):
+            call()

@@ -271,6 +271,8 @@ def _start(workspace: Workspace, name: str, port: int) -> dict[str, Any]:
     argv, env, url = _commands(workspace, name, port)
     log = _log(workspace, name)
     log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():  # it may say why the service died that is now started again
+        log.replace(log.with_suffix(".before.log"))
     with log.open("wb") as file:
         child = subprocess.Popen(
             argv,
@@ -519,12 +521,12 @@ def _check_loopback(workspace: Workspace) -> list[Finding]:
 
 def _check_git(workspace: Workspace) -> list[Finding]:
     git, findings = Git(workspace.root), []
-    changed = git.changed_paths()
+    latest = workspace.latest()
+    opening = latest is not None and latest.read().get("state", "begun") == "begun"  # it writes here, as it should
+    changed = [] if opening else git.changed_paths()
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        findings.append(
-            Finding("broken", f"the git tree is dirty ({changed[0]}{more})", "commit it, or `git stash -u`; then go on")
-        )
+        findings.append(Finding("broken", f"the git tree is dirty ({changed[0]}{more})", "commit it, or undo it"))
     if not (git.configured("user.name") and git.configured("user.email")):
         findings.append(
             Finding(

@@ -274,6 +274,32 @@ def test_services_that_all_run_elsewhere_are_shown_too(tmp_path: Path) -> None:
     assert done.stdout.count("external") == 4 and "logs:" not in done.stdout
 
 
+def test_what_the_system_refuses_is_one_line_too(tmp_path: Path) -> None:
+    done = run("init", str(tmp_path / "w"), "--images", str(tmp_path), "--index", str(tmp_path))
+    assert (done.returncode, done.stderr) == (2, f"abnloop: [Errno 21] Is a directory: '{tmp_path}'\n")
+
+
+def test_a_round_that_opens_may_write_where_it_writes(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    assert any("dirty" in finding.what for finding in services._check_git(workspace))
+    workspace.round(1).write({"round": 1, "state": "begun"})
+    assert not any("dirty" in finding.what for finding in services._check_git(workspace))
+    workspace.round(1).write({"round": 1, "state": "open"})
+    assert any("dirty" in finding.what for finding in services._check_git(workspace))
+
+
+def test_a_service_that_is_started_again_keeps_what_it_said_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = make_workspace(tmp_path)
+    for word in ("first", "second", "third"):
+        command = [sys.executable, "-c", f"print('{word}')"]
+        monkeypatch.setattr(services, "_commands", lambda *_, command=command: (command, dict(os.environ), ""))
+        services._children[services._start(workspace, "mlflow", 1)["pid"]].wait()
+    said = {path.name: path.read_text().strip() for path in workspace.logs.iterdir()}
+    assert said == {"mlflow.log": "third", "mlflow.before.log": "second"}
+
+
 def test_a_setting_without_a_value_is_one_line(tmp_path: Path) -> None:
     done = run("init", str(tmp_path / "w"), "--images", str(tmp_path), "--set", "train.epochs")
     assert (done.returncode, done.stderr) == (

@@ -86,7 +86,7 @@ def prepare(workspace: str | Path = ".") -> dict[str, Any]:
     """The build step of prefect.yaml: what its placeholders mean.
 
     It also makes what runs need on the server: the limit of trainings at once, whose slots are leases that a dead run
-    loses after minutes, and the automation that calls a run crashed when its heart stops.
+    loses after a minute, and the automation that calls a run crashed when its heart stops.
     """
     place = open_workspace(workspace)
     config = load_section(FlowsConfig, place.params, "flows")

@@ -405,12 +405,12 @@ def lineage(
 @app.command()
 def withdraw(
     why: Annotated[str, typer.Option(help="For those who ask later.")],
-    labeler: Annotated[str, typer.Option(help="Everything that this person said (e-mail).")] = "",
+    labeler: Annotated[str, typer.Option(help="Everything that was collected of this person (e-mail).")] = "",
     round_number: Annotated[str, typer.Option("--round", help="Everything that this round collected.")] = "",
     annotation: Annotated[str, typer.Option(help="One annotation (id).")] = "",
     undo: Annotated[bool, typer.Option("--undo", help="Let them in again.")] = False,
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Open a round at once, which trains without them.")
+        bool, typer.Option("--retrain", help="Open a round at once, which trains without them, unless a batch is out.")
     ] = False,
     workspace: WorkspaceOption = Path(),
 ) -> None:

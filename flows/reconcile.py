@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from abn.manifest import mask_sha256, read_corrections, read_manifest
 from flows.rounds import changed_tasks, held, label_studio, state_of, tracker_of
 from flows.tracking import CHAMPION
 from flows.versions import Dvc, Git
-from flows.workspace import Round, Workspace, read_json
+from flows.workspace import Round, Workspace, read_json, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ def _masks(place: Workspace) -> Iterator[Difference]:
     for round_ in place.rounds():
         if not round_.masks.is_file() or not round_.annotations.is_file():
             continue  # not closed yet, or not checked out, which DVC tells
-        lines = [json.loads(line) for line in round_.annotations.read_text(encoding="utf-8").splitlines()]
-        answered = {task["data"]["sample"] for task in lines if task["annotations"]}
+        answered = {task["data"]["sample"] for task in read_json_lines(round_.annotations) if task["annotations"]}
         shard = place.relative(round_.masks)
         with np.load(round_.masks, allow_pickle=False) as masks:
             for sample in sorted(set(masks.files) - answered):

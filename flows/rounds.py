@@ -64,6 +64,7 @@ from flows.workspace import (
     Workspace,
     open_workspace,
     read_json,
+    read_json_lines,
     write_arrays,
     write_atomically,
     write_json,
@@ -563,7 +564,7 @@ def pull(place: Workspace, round_: Round, tasks: Sequence[int]) -> None:
     """Append to annotations.jsonl, as received, those of `tasks` that changed since they were last pulled."""
     studio, project = label_studio(place), read_json(round_.tasks)["project"]
     changed = changed_tasks(place, studio, project, tasks)
-    lines = _read_lines(round_.annotations)
+    lines = read_json_lines(round_.annotations)
     lines += studio.answered(project, task_ids=changed) if changed else []
     write_atomically(round_.annotations, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in lines))
     get_run_logger().info("%d of %d tasks changed", len(changed), len(tasks))
@@ -577,7 +578,7 @@ def changed_tasks(place: Workspace, studio: LabelStudio, project: int, tasks: Se
     rounds = place.rounds()
     known = {int(task): at for one in rounds for task, at in one.read().get("pulled", {}).items()}
     if rounds and "pulled" not in rounds[-1].read():
-        known |= {task["id"]: task["updated_at"] for task in _read_lines(rounds[-1].annotations)}
+        known |= {task["id"]: task["updated_at"] for task in read_json_lines(rounds[-1].annotations)}
     return [task for task, at in studio.changes(project, tasks).items() if known.get(task) != at]
 
 
@@ -594,7 +595,7 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     """
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
     asked, known = set(read_json(round_.tasks)["tasks"].values()), read_corrections(place.root, withdrawn=True)
-    latest = {task["id"]: task for task in _read_lines(round_.annotations)}  # later lines replace earlier ones
+    latest = {task["id"]: task for task in read_json_lines(round_.annotations)}  # later lines replace earlier ones
     latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
     opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
     panel = max(2, config.labelers_per_task)
@@ -662,7 +663,7 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
         "verdicts": verdicts,
         "minutes": minutes,
         "set_aside": [asdict(one) for one in answers.set_aside],
-        "pulled": {task["id"]: task["updated_at"] for task in _read_lines(round_.annotations)},
+        "pulled": {task["id"]: task["updated_at"] for task in read_json_lines(round_.annotations)},
     }
     closed = state.get("closed") or max(_now(), state["opened"])  # a clock that was set back makes no negative times
     round_.write({**state, **found, "state": "closed", "closed": closed})
@@ -769,10 +770,6 @@ def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Co
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _read_batch(round_: Round) -> list[dict[str, str]]:

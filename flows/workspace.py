@@ -343,6 +343,14 @@ def write_json(path: Path, content: dict[str, Any], mode: int = 0o644) -> None:
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in the file at `path`, one a line; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:  # str.splitlines would also split at U+2028 and others, within a text
+        return [json.loads(line) for line in file]
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of the CSV file at `path`; none where there is no file."""
     if not path.is_file():

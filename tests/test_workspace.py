@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from flows.workspace import InUse, Workspace, open_workspace, read_json, write_atomically, write_json
+from flows.workspace import (
+    InUse,
+    Workspace,
+    open_workspace,
+    read_json,
+    read_json_lines,
+    write_atomically,
+    write_json,
+)
 
 HOLDER = """
 import sys, time
@@ -80,6 +89,14 @@ def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "round.json").write_text("{")
     with pytest.raises(ValueError, match=r"round\.json is not valid JSON"):
         read_json(tmp_path / "round.json")
+
+
+def test_a_line_of_json_may_hold_whatever_else_ends_a_line_of_text(tmp_path: Path) -> None:
+    lines = [{"text": "one\u2028two\u0085three\x0bfour\r\nfive"}, {"text": "六"}]
+    path = tmp_path / "annotations.jsonl"
+    write_atomically(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
+    assert read_json_lines(path) == lines
+    assert read_json_lines(tmp_path / "none.jsonl") == []
 
 
 def test_rounds_come_in_order_and_other_folders_do_not_count(tmp_path: Path) -> None:

@@ -197,13 +197,7 @@ class LabelStudio:
 
     def overview(self, project: int, task_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """The tasks, all or these, as plain JSON without their annotations and predictions, which are large."""
-        if task_ids is None:
-            return list(self._list(project, [], "task_only"))
-        found: list[dict[str, Any]] = []
-        for begin in range(0, len(task_ids), PAGE):
-            these = _filter("id", "in_list", "Number", list(task_ids[begin : begin + PAGE]))
-            found += self._list(project, [these], "task_only")
-        return found
+        return [task for these in _among(task_ids) for task in self._list(project, these, "task_only")]
 
     def changes(self, project: int, task_ids: Sequence[int]) -> dict[int, str]:
         """Those of the tasks that have an annotation, a skipped one too, and when each changed last ("updated_at")."""
@@ -214,17 +208,17 @@ class LabelStudio:
             if task["total_annotations"] or task["cancelled_annotations"]
         }
 
-    def answered(self, project: int, task_ids: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    def answered(self, project: int, task_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Tasks with at least one annotation, skipped ones too, in order of their id, as plain JSON.
 
         `task_ids`: only these. Each annotation has the labeler's email as "labeler".
         """
-        limits = [] if task_ids is None else [_filter("id", "in_list", "Number", list(task_ids))]
         found: dict[int, dict[str, Any]] = {}
-        # Skipping makes a cancelled annotation, which the count of annotations leaves out.
-        for count in ("total_annotations", "cancelled_annotations"):
-            for task in self._list(project, [_filter(count, "greater", "Number", 0), *limits]):
-                found[task["id"]] = task
+        for these in _among(task_ids):
+            # Skipping makes a cancelled annotation, which the count of annotations leaves out.
+            for count in ("total_annotations", "cancelled_annotations"):
+                for task in self._list(project, [_filter(count, "greater", "Number", 0), *these]):
+                    found[task["id"]] = task
         emails = {user.id: user.email for user in self._call(self._api.users.list)} if found else {}
         for task in found.values():
             for annotation in task["annotations"]:
@@ -398,6 +392,15 @@ def _plain(model: Any) -> dict[str, Any]:
     """An answer of the SDK as the JSON it was."""
     plain: dict[str, Any] = json.loads(model.json())
     return plain
+
+
+def _among(task_ids: Sequence[int] | None) -> list[list[dict[str, Any]]]:
+    """What limits the tasks to these, or with None to nothing; each for a request of its own, since all ids of a large
+    batch are more than an address may hold."""
+    if task_ids is None:
+        return [[]]
+    parts = [list(task_ids[begin : begin + PAGE]) for begin in range(0, len(task_ids), PAGE)]
+    return [[_filter("id", "in_list", "Number", part)] for part in parts]
 
 
 def _query(filters: list[dict[str, Any]]) -> str:

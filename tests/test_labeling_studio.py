@@ -7,13 +7,14 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from fastapi import FastAPI, Request, Response
 from PIL import Image
 
 from conftest import Studio
@@ -461,6 +462,28 @@ def flaky() -> Iterator[str]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def test_many_tasks_are_asked_for_in_addresses_that_every_server_takes(serve: Callable[[FastAPI], str]) -> None:
+    app, longest = FastAPI(), 8000  # what many a proxy takes; Label Studio itself takes 64 kB
+
+    @app.get("/api/tasks/")
+    def list_tasks(request: Request, query: str, page: int, page_size: int, response: Response) -> dict[str, Any]:
+        if len(str(request.url)) > longest:
+            response.status_code = 414
+            return {"detail": "too long"}
+        filters = {one["filter"].split(":")[-1]: one["value"] for one in json.loads(query)["filters"]["items"]}
+        known = [number for number in filters["id"] if "total_annotations" in filters or number % 2]
+        tasks = [{"id": number, "annotations": []} for number in known[(page - 1) * page_size : page * page_size]]
+        return {"tasks": tasks, "total": len(known), "total_annotations": 0, "total_predictions": 0}
+
+    @app.get("/api/users/")
+    def list_users() -> list[dict[str, Any]]:
+        return []
+
+    studio, ids = LabelStudio(serve(app), "0" * 40, patience=0.1), list(range(100_000, 102_000))
+    assert [task["id"] for task in studio.answered(1, ids)] == ids
+    assert studio.answered(1, []) == [] == studio.overview(1, [])
 
 
 def test_a_server_that_fails_for_a_while_is_asked_again(flaky: str) -> None:

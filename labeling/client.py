@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+import os
 import re
 import uuid
 import weakref
@@ -142,8 +143,9 @@ class LabelStudio:
 
     @staticmethod
     def local_file_url(document_root: Path, file: Path) -> str:
-        """The address at which labelers see `file`, which lies below `document_root`."""
-        relative = file.resolve().relative_to(document_root.resolve())
+        """The address at which labelers see `file`, which lies below `document_root`, or is a link there: DVC may make
+        every picture one, into its cache."""
+        relative = Path(os.path.abspath(file)).relative_to(os.path.abspath(document_root))  # not resolved, but no ".."
         return "/data/local-files/?d=" + quote(relative.as_posix())
 
     def attach_backend(self, project: int, url: str, title: str, secret: str) -> None:

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
@@ -511,6 +512,18 @@ def test_nothing_at_the_address_is_said_in_one_line() -> None:
     with pytest.raises(LabelStudioUnreachable, match="abnloop up") as caught:
         LabelStudio("http://127.0.0.1:9", "0" * 40, patience=0.1).check()
     assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_a_link_has_the_address_of_its_place(tmp_path: Path) -> None:
+    root, cached = tmp_path / "workspace", tmp_path / "cache" / "ab12"
+    for folder in (root / "images", cached.parent):
+        folder.mkdir(parents=True)
+    cached.touch()
+    (root / "images/one.png").symlink_to(cached)
+    assert LabelStudio.local_file_url(root, root / "images/one.png") == "/data/local-files/?d=images/one.png"
+    for outside in (cached, root / "images/../../cache/ab12"):
+        with pytest.raises(ValueError, match="is not in the subpath"):
+            LabelStudio.local_file_url(root, outside)
 
 
 def test_an_address_without_a_scheme_is_refused() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +61,7 @@ from flows.workspace import (
     InUse,
     Round,
     Workspace,
+    copy_atomically,
     open_workspace,
     read_json,
     read_json_lines,
@@ -324,9 +324,9 @@ def begin(place: Workspace) -> Round:
     if load_section(TrainConfig, place.params, "train").start == "champion" and place.champion.is_file():
         if learned_withdrawn(place, find_round(place)):
             get_run_logger().warning("the champion learned from what was withdrawn: this round trains from scratch")
-            place.start_model.write_bytes(b"")
+            write_atomically(place.start_model, b"")
         else:
-            shutil.copyfile(place.champion, place.start_model)
+            copy_atomically(place.champion, place.start_model)
         Dvc(place.root).add([place.relative(place.start_model)])
     round_.write({"round": round_.number, "state": "begun", "begun": _now()})
     return round_
@@ -438,7 +438,7 @@ def decide(place: Workspace, round_: Round) -> None:
     tracker.log_files(runs["select"], {"batch.csv": place.batch})
     if verdict["promoted"]:
         tracker.promote(str(version.version))
-        shutil.copyfile(place.model, place.champion)
+        copy_atomically(place.model, place.champion)
         Dvc(place.root).add([place.relative(place.champion)])
         named = {"round": round_.number, "model_version": known["model_version"], "md5": hashes["results/model.pt"]}
         write_json(place.champion_record, {**named, "gate": verdict["reason"], "metrics": metrics["val"]})

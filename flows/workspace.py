@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import socket
 import time
 import zipfile
@@ -324,6 +325,15 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> Non
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Replace the file at `path` by a copy of `source`, whole or not at all.
+
+    Where `path` is a link, as DVC may make one into its cache, the file behind it stays as it is.
+    """
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def read_json(path: Path) -> dict[str, Any]:

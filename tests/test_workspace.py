@@ -13,6 +13,7 @@ import pytest
 from flows.workspace import (
     InUse,
     Workspace,
+    copy_atomically,
     open_workspace,
     read_json,
     read_json_lines,
@@ -78,6 +79,17 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytes
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["round.json"]
+
+
+@pytest.mark.parametrize("kind", ["hard link", "link"])
+def test_a_copy_takes_the_place_of_a_link_and_leaves_what_was_behind_it(tmp_path: Path, kind: str) -> None:
+    cached, champion, challenger = (tmp_path / name for name in ("cached", "champion.pt", "model.pt"))
+    cached.write_text("the champion before")
+    champion.hardlink_to(cached) if kind == "hard link" else champion.symlink_to(cached)
+    challenger.write_text("the challenger")
+    copy_atomically(challenger, champion)
+    assert champion.read_text() == "the challenger" and not champion.is_symlink()
+    assert cached.read_text() == "the champion before"
 
 
 def test_secrets_are_readable_by_their_owner_alone(tmp_path: Path) -> None:

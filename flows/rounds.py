@@ -56,7 +56,7 @@ from flows.progress import report
 from flows.services import addresses
 from flows.stopping import StopConfig, reason_to_stop
 from flows.tracking import STAGES, Tracker
-from flows.versions import HOLDER, Dvc, Git, holder_mark
+from flows.versions import HOLDER, Dvc, Git, holder_mark, refuse_old_round
 from flows.workspace import (
     InUse,
     Round,
@@ -236,8 +236,10 @@ def _alone(command: str, workspace: str, work: Callable[[Workspace], Result | Id
 def held(place: Workspace, command: str) -> Iterator[str]:
     """The workspace for `command` alone, freed of what a run that was killed still held; gives that run's signature.
 
-    MLflow then says of the round that it was gone on with. Raises InUse.
+    MLflow then says of the round that it was gone on with. Raises InUse, and ValueError while an old round is checked
+    out.
     """
+    refuse_old_round(place.root)
     with place.lock(command, frees=True) as left_behind:
         if left_behind:
             if pid := re.search(r"\(pid (\d+) ", left_behind):

@@ -39,13 +39,17 @@ class Git:
         """
         _git(Path.cwd(), "clone", "--quiet", "--no-tags", "--", str(source), str(directory))
         clone = cls(directory)
-        if clone._run("rev-parse", "--abbrev-ref", "HEAD").strip() == "HEAD":
+        if clone.is_detached():
             clone._run("checkout", "--quiet", "-b", "main")
         return clone
 
     def head(self) -> str:
         """The commit that is checked out, 40 hexadecimal digits."""
         return self.commit_of("HEAD")
+
+    def is_detached(self) -> bool:
+        """Whether a tag or a commit is checked out, and no branch: a commit made now would be on none."""
+        return not self._run("branch", "--show-current").strip()
 
     def changed_paths(self) -> list[str]:
         """Paths, relative to the root, that differ from HEAD or are new and not ignored; sorted.
@@ -145,6 +149,13 @@ class Git:
 
     def _run(self, *arguments: str) -> str:
         return _git(self.root, *arguments)
+
+
+def refuse_old_round(root: str | Path) -> None:
+    """Raises ValueError while a tag is checked out, as to look at an old round: the tables, tasks and models of that
+    time must not be taken for today's."""
+    if Git(root).is_detached():
+        raise ValueError(f"{root}: an old round is checked out; `git checkout main && dvc checkout` first")
 
 
 def is_repository(root: str | Path) -> bool:

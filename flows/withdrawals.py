@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from abn.manifest import WITHDRAWAL_COLUMNS, read_corrections, read_withdrawn
 from flows.lineage import about, models_that_learned, statements
-from flows.versions import Git
+from flows.versions import Git, refuse_old_round
 from flows.workspace import Workspace, read_table, write_table
 
 
@@ -22,12 +22,13 @@ def withdraw(place: Workspace, question: Mapping[str, str], why: str, undo: bool
 
     `question` maps one of labeler (e-mail), round (that collected them) and annotation (id) to its value. Each gets a
     line in data/withdrawals.csv, committed; data/corrections.csv keeps them, and rounds that learned from them stay as
-    they are. Their samples can be asked about again. Raises ValueError where nothing fits, or while a round is being
-    opened.
+    they are. Their samples can be asked about again. Raises ValueError where nothing fits, while a round is being
+    opened, or while an old one is checked out.
     """
     ((what, value),) = question.items()
     if not why.strip():
         raise ValueError("--why is empty; say in a sentence why, for those who ask later")
+    refuse_old_round(place.root)
     with place.lock("withdraw"):
         latest = place.latest()
         if latest and latest.read().get("state", "begun") == "begun":

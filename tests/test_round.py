@@ -1030,7 +1030,7 @@ def test_the_model_is_linked_to_what_judged_it(place: Workspace, second: Second)
 def test_a_withdrawal_makes_training_out_of_date(second: Second, restored: Workspace) -> None:
     from flows.withdrawals import withdraw
 
-    Git(restored.root).checkout("round/0002")
+    git(restored, "checkout", "--quiet", "-B", "again", "round/0002")
     try:
         taken = withdraw(restored, {"round": "1"}, "a test")
         assert [one["round"] for one in taken.models] == [2]

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from abn.manifest import WITHDRAWAL_COLUMNS
 from flows import rounds
+from flows.growing import ingest
 from flows.ingest import change_settings
-from flows.versions import Dvc
+from flows.reconcile import reconcile
+from flows.versions import Dvc, Git
 from flows.withdrawals import withdraw
 from flows.workspace import Workspace, write_table
-from test_lineage import BEN, history, place  # noqa: F401 - fixtures
+from test_lineage import ANNA, BEN, history, place  # noqa: F401 - fixtures
 
 
 @pytest.fixture(autouse=True)
 def _no_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is called outside a flow logs as anything else does."""
     monkeypatch.setattr(rounds, "get_run_logger", lambda: logging.getLogger(__name__))
+
+
+@pytest.mark.parametrize("command", ["round open", "round collect", "round reconcile", "ingest", "withdraw"])
+def test_while_an_old_round_is_checked_out_nothing_is_written(place: Workspace, command: str) -> None:  # noqa: F811
+    git = Git(place.root)
+    git.tag("round/0001")
+    git.checkout("round/0001")
+    do: dict[str, Callable[[], object]] = {
+        "round open": lambda: rounds.open_round.fn(str(place.root)),
+        "round collect": lambda: rounds.collect_round.fn(str(place.root)),
+        "round reconcile": lambda: reconcile(place, fix=True),
+        "ingest": lambda: ingest(place),
+        "withdraw": lambda: withdraw(place, {"labeler": ANNA}, "test"),
+    }
+    with pytest.raises(ValueError, match="an old round is checked out; `git checkout main && dvc checkout` first$"):
+        do[command]()
+    assert git.is_clean() and git.head() == git.commit_of("round/0001") and not place.state.exists()
 
 
 @pytest.mark.parametrize("withdrawn", [False, True])

@@ -111,6 +111,13 @@ def test_a_clone_leaves_the_tags_of_its_origin(git: Git, tmp_path_factory: pytes
     assert clone._run("remote", "get-url", "origin").strip() == str(git.root)
 
 
+def test_a_clone_of_what_has_no_branch_checked_out_has_one(git: Git, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert not git.is_detached()
+    git.checkout(git.head())
+    assert git.is_detached()
+    assert not Git.clone(git.root, tmp_path_factory.mktemp("clone") / "here").is_detached()
+
+
 def test_git_fails_in_one_line_with_its_reason(git: Git) -> None:
     with pytest.raises(ValueError, match="git checkout failed in .*nowhere") as error:
         git.checkout("nowhere")

@@ -34,6 +34,7 @@ from abn.manifest import (
     class_names,
     read_corrections,
     read_manifest,
+    read_withdrawn,
 )
 from abn.predict import PredictConfig
 from abn.predictions import read_predictions
@@ -598,6 +599,7 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
     asked, known = set(read_json(round_.tasks)["tasks"].values()), read_corrections(place.root, withdrawn=True)
     latest = {task["id"]: task for task in read_json_lines(round_.annotations)}  # later lines replace earlier ones
+    latest = _without_replaced(place, latest, asked)
     latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
     opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
     panel = max(2, config.labelers_per_task)
@@ -619,6 +621,24 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
         len(asked),
         overdue and len(corrections) >= config.minimum,
     )
+
+
+def _without_replaced(
+    place: Workspace, tasks: Mapping[int, dict[str, Any]], asked: set[int]
+) -> dict[int, dict[str, Any]]:
+    """`tasks`, those of earlier rounds without the withdrawn annotations that another answer has replaced: changed
+    later, they would take its place and not count. What nobody has replaced may change until it is restored."""
+    out, replaced = read_withdrawn(place.root), set(read_corrections(place.root))
+    replaced |= {one["data"]["sample"] for number, one in tasks.items() if number in asked and one["annotations"]}
+
+    def stands(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> bool:
+        sample = task["data"]["sample"]
+        return task["id"] in asked or sample not in replaced or (str(annotation["id"]), sample) not in out
+
+    return {
+        number: {**task, "annotations": [one for one in task["annotations"] if stands(task, one)]}
+        for number, task in tasks.items()
+    }
 
 
 def _is_news(round_: Round, task: Mapping[str, Any], known: Mapping[str, Mapping[str, str]]) -> bool:

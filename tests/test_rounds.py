@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from abn.manifest import WITHDRAWAL_COLUMNS
+from abn.manifest import CORRECTION_COLUMNS, WITHDRAWAL_COLUMNS, read_corrections
 from flows import rounds
 from flows.growing import ingest
 from flows.ingest import change_settings
 from flows.reconcile import reconcile
 from flows.versions import Dvc, Git
 from flows.withdrawals import withdraw
-from flows.workspace import Workspace, write_table
-from test_lineage import ANNA, BEN, history, place  # noqa: F401 - fixtures
+from flows.workspace import Round, Workspace, write_atomically, write_json, write_table
+from labeling.tasks import verdict_results
+from test_lineage import ANNA, BEN, history, place, said  # noqa: F401 - fixtures
+from tiny import SIZE
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,73 @@ def test_while_an_old_round_is_checked_out_nothing_is_written(place: Workspace, 
     with pytest.raises(ValueError, match="an old round is checked out; `git checkout main && dvc checkout` first$"):
         do[command]()
     assert git.is_clean() and git.head() == git.commit_of("round/0001") and not place.state.exists()
+
+
+# --- what labelers say
+
+
+def a_task(number: int, sample: str, *annotations: dict[str, Any]) -> dict[str, Any]:
+    """A task as Label Studio gives it."""
+    data = {"sample": sample, "height": SIZE, "width": SIZE, "model_version": "v4"}
+    updated = max((one["updated_at"] for one in annotations), default="2026-03-04T00:00:00Z")
+    told = {"id": number, "updated_at": updated, "data": data, "annotations": list(annotations)}
+    return {**told, "total_annotations": len(annotations), "cancelled_annotations": 0}
+
+
+def an_annotation(number: int, labeler: str, hour: int = 10, verdict: str = "unusable") -> dict[str, Any]:
+    """One of the fourth of March, while round 4 is open."""
+    return {
+        "id": number,
+        "labeler": labeler,
+        "updated_at": f"2026-03-04T{hour}:00:00Z",
+        "lead_time": 30.0,
+        "result": verdict_results(verdict),
+    }
+
+
+def ask(place: Workspace, asked: dict[str, int], *received: dict[str, Any]) -> Round:  # noqa: F811
+    """Round 4 asks about samples, each its task, and has pulled some of the tasks, later ones as they changed."""
+    round_ = place.round(4)
+    write_json(round_.tasks, {"project": 1, "tasks": asked})
+    round_.write({"round": 4, "state": "open", "opened": "2026-03-04T02:00:00+00:00"})
+    write_atomically(round_.annotations, "".join(json.dumps(one) + "\n" for one in received))
+    return round_
+
+
+def learn(place: Workspace, round_: Round) -> dict[str, str]:  # noqa: F811
+    """Take in what was received; the annotations that count by sample."""
+    rounds.learn_from.fn(place, round_, rounds.read_answers(place, round_))
+    return {sample: row["annotation"] for sample, row in read_corrections(place.root).items()}
+
+
+CHANGED = a_task(1, "train00", an_annotation(11, ANNA, hour=12))  # what she had said in round 1
+
+
+def test_a_withdrawn_answer_that_is_changed_leaves_the_one_that_replaced_it(place: Workspace) -> None:  # noqa: F811
+    withdraw(place, {"annotation": "11"}, "test")
+    rows = {**read_corrections(place.root, withdrawn=True), "train00": said("train00", 60, BEN, 3)}
+    write_table(place.corrections, CORRECTION_COLUMNS, rows.values())
+    assert learn(place, ask(place, {}, CHANGED))["train00"] == "60"
+
+
+@pytest.mark.parametrize("labeler", [ANNA, BEN])
+def test_a_withdrawn_answer_that_is_changed_leaves_the_one_that_replaces_it_now(
+    place: Workspace,  # noqa: F811
+    labeler: str,
+) -> None:
+    withdraw(place, {"annotation": "11"}, "test")
+    round_ = ask(place, {"train00": 41}, CHANGED, a_task(41, "train00", an_annotation(60, labeler)))
+    assert learn(place, round_)["train00"] == "60"
+
+
+def test_a_withdrawn_answer_that_nobody_replaced_is_restored_as_it_was_changed(place: Workspace) -> None:  # noqa: F811
+    withdraw(place, {"annotation": "11"}, "test")
+    assert "train00" not in learn(place, ask(place, {"train00": 41}, CHANGED))
+    withdraw(place, {"annotation": "11"}, "test", undo=True)
+    assert read_corrections(place.root)["train00"]["verdict"] == "unusable"
+
+
+# --- opening
 
 
 @pytest.mark.parametrize("withdrawn", [False, True])

@@ -307,8 +307,11 @@ def check_before_opening(place: Workspace) -> bool:
             f"{foreign[0]} has changes that are not committed ({len(foreign)} file(s)); "
             "commit them with `git add` and `git commit`, or undo them, so that the round can be restored"
         )
-    if absent := Dvc(place.root).missing():
+    dvc = Dvc(place.root)
+    if absent := dvc.missing():
         raise ValueError(f"the DVC cache lacks {min(absent)}; fetch it with `dvc pull`")
+    if latest and state == "begun" and _has_judged(place, latest) and not dvc.is_current("train"):
+        raise _judged_another(latest)
     label_studio(place).check()
     return True
 
@@ -373,12 +376,14 @@ def weigh(place: Workspace, round_: Round) -> None:
     """The gate's verdict on this round's model, kept in round.json before anything follows from it.
 
     `parent` is the champion that it was weighed against, None before there is one, and says whether the training went
-    on from that one's weights.
+    on from that one's weights. Raises ValueError where the round has judged another model.
     """
     state, model = round_.read(), Dvc(place.root).hashes()["results/model.pt"]
     if state.get("verdict", {}).get("model") == model:
         return
     champion, parent = read_json(place.champion_record), None
+    if _has_judged(place, round_):
+        raise _judged_another(round_)
     judgement, rows = Judgement(True, "the first model"), []
     if champion:
         compared = compare(place.root, place.champion, place.model)
@@ -395,6 +400,19 @@ def weigh(place: Workspace, round_: Round) -> None:
     write_table(round_.comparison, COMPARISON_COLUMNS, rows)
     verdict = {"model": model, "promoted": judgement.promoted, "reason": judgement.reason, "decided": _now()}
     round_.write({**state, "verdict": {**verdict, "criteria": judgement.numbers(), "parent": parent}})
+
+
+def _has_judged(place: Workspace, round_: Round) -> bool:
+    """Whether something has followed from the round's verdict, in round.json or, where that was interrupted, before."""
+    return "promoted" in round_.read() or read_json(place.champion_record).get("round") == round_.number
+
+
+def _judged_another(round_: Round) -> ValueError:
+    commit = round_.read().get("git_commit", "")[:10]
+    return ValueError(
+        f"round {round_.number} has judged another model; undo what changed since "
+        f"{f'commit {commit}' if commit else 'it was opened'}, finish it with `abnloop round open`, then change it"
+    )
 
 
 @network_step

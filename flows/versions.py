@@ -230,6 +230,10 @@ class Dvc:
         """Paths that git's HEAD names and the cache does not hold."""
         return list(json.loads(self._run("data", "status", "--json").split("\n")[-1]).get("not_in_cache", []))
 
+    def is_current(self, stage: str) -> bool:
+        """Whether `repro` would leave the stage as it is."""
+        return not json.loads(self._run("status", "--json", stage).split("\n")[-1])
+
     def _run(self, *arguments: str, on_line: Callable[[str], None] | None = None) -> str:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Busy),

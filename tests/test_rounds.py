@@ -113,6 +113,49 @@ def test_a_withdrawn_answer_that_nobody_replaced_is_restored_as_it_was_changed(p
 # --- opening
 
 
+@pytest.fixture(params=["in round.json", "in the champion alone"])
+def judged(place: Workspace, request: pytest.FixtureRequest) -> Round:  # noqa: F811
+    """A round that was interrupted when its model, 111..., had been promoted; and where that can be seen."""
+    round_ = place.round(3)
+    state = {**round_.read(), "state": "begun"}
+    state["verdict"]["model"] = "1" * 32
+    if request.param == "in the champion alone":
+        write_json(place.champion_record, {"round": 3, "model_version": "3"})
+        state = {name: state[name] for name in ("round", "state", "mlflow_runs", "verdict")}
+    round_.write(state)
+    return round_
+
+
+def test_a_round_that_has_judged_a_model_trains_no_other(
+    place: Workspace,  # noqa: F811
+    judged: Round,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Settings or code changed meanwhile; the model that was judged is still there when they are as they were."""
+    Git(place.root).tag("round/0001")
+    Git(place.root).commit(["rounds", "models"], "Interrupted")
+    monkeypatch.setattr(Dvc, "missing", lambda self: [])
+    monkeypatch.setattr(Dvc, "is_current", lambda self, stage: stage != "train")
+    with pytest.raises(ValueError, match="^round 3 has judged another model; undo what changed since "):
+        rounds.check_before_opening(place)
+
+
+def test_a_round_that_has_judged_a_model_takes_no_other(
+    place: Workspace,  # noqa: F811
+    judged: Round,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by a `dvc repro` of somebody else's."""
+    monkeypatch.setattr(Dvc, "hashes", lambda self: {"results/model.pt": "2" * 32})
+    known = judged.read()
+    since = f"commit {known['git_commit'][:10]}" if "git_commit" in known else "it was opened"
+    with pytest.raises(ValueError, match=f"^round 3 has judged another model; undo what changed since {since}, "):
+        rounds.weigh.fn(place, judged)
+    monkeypatch.setattr(Dvc, "hashes", lambda self: {"results/model.pt": "1" * 32})
+    rounds.weigh.fn(place, judged)
+    assert judged.read() == known
+
+
 @pytest.mark.parametrize("withdrawn", [False, True])
 def test_what_a_training_starts_from_is_not_written_through_a_link(
     place: Workspace,  # noqa: F811

@@ -156,6 +156,15 @@ def test_a_stage_runs_and_its_lines_arrive_one_by_one(dvc: Dvc) -> None:
     assert (dvc.root / "made.txt").read_text() == "m"
 
 
+def test_a_stage_is_current_until_what_it_stands_on_changes(dvc: Dvc) -> None:
+    (dvc.root / "dvc.yaml").write_text(STAGE.format(command="cp source.txt made.txt"))
+    assert not dvc.is_current("copy")
+    dvc.repro(lambda line: None)
+    assert dvc.is_current("copy")
+    (dvc.root / "source.txt").write_text("another")
+    assert not dvc.is_current("copy")
+
+
 def test_a_failing_stage_is_named_with_its_last_word(dvc: Dvc) -> None:
     (dvc.root / "dvc.yaml").write_text(STAGE.format(command="echo budget is 500 && exit 2"))
     with pytest.raises(ValueError, match="^stage copy failed: budget is 500$"):

@@ -42,7 +42,7 @@ from abn.selection import SelectionConfig
 from abn.train import Settings, TrainConfig, choose_device
 from flows.gallery import Seen, gallery, gold_rows, map_tile, read_rgb, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
-from flows.lineage import DATA, find_round, learned_withdrawn, record, trace
+from flows.lineage import DATA, commit_of_training, find_round, learned_withdrawn, record, trace
 from flows.lineage_report import as_json, describe, describe_history, draw
 from flows.people import (
     ANNOTATION_COLUMNS,
@@ -270,13 +270,19 @@ def state_of(place: Workspace, round_: Round | None) -> State:
 
 
 def nothing_to_open(place: Workspace) -> str:
-    """Why a new round would do nothing: the loop was told to stop, and nobody said anything since. Else empty."""
+    """Why a new round would do nothing: the loop was told to stop, and nobody said or withdrew anything since. Else
+    empty."""
     latest = place.latest()
     if latest is None or state_of(place, latest) != "closed":
         return ""
     state = latest.read()
     if not state.get("stopped") or state["collected"]:
         return ""
+    table = place.withdrawals
+    if table.is_file():
+        learned_without = Git(place.root).content(commit_of_training(place, latest, state), place.relative(table))
+        if table.read_bytes() != learned_without:
+            return ""
     return _stopped(place)  # a rule that was loosened since lets the loop go on
 
 

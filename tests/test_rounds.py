@@ -19,7 +19,7 @@ from flows.versions import Dvc, Git
 from flows.withdrawals import withdraw
 from flows.workspace import Round, Workspace, write_atomically, write_json, write_table
 from labeling.tasks import verdict_results
-from test_lineage import ANNA, BEN, history, place, said  # noqa: F401 - fixtures
+from test_lineage import ANNA, BEN, history, open_round, place, said  # noqa: F401 - fixtures
 from tiny import SIZE
 
 
@@ -111,6 +111,22 @@ def test_a_withdrawn_answer_that_nobody_replaced_is_restored_as_it_was_changed(p
 
 
 # --- opening
+
+
+def test_a_loop_that_was_stopped_goes_on_where_something_is_withdrawn(place: Workspace) -> None:  # noqa: F811
+    change_settings(place.params, {"stop.minutes": 1})
+    Git(place.root).commit(["params.yaml"], "Enough")
+    open_round(place, 4, [], promoted=False)
+    stopped = {"state": "closed", "stopped": "enough", "minutes": 2.0, "collected": 0}
+    place.round(4).write({**place.round(4).read(), **stopped})
+    Git(place.root).commit(["rounds"], "[round 4] Learn from 0 corrections")
+    Git(place.root).tag("round/0004")
+    assert rounds.nothing_to_open(place).startswith("labelers spent 2.0 minutes")
+    withdraw(place, {"labeler": ANNA}, "test")
+    assert rounds.nothing_to_open(place) == ""
+    open_round(place, 4, [], promoted=False)  # once more, without them
+    place.round(4).write({**place.round(4).read(), **stopped})
+    assert rounds.nothing_to_open(place).startswith("labelers spent 2.0 minutes")
 
 
 @pytest.fixture(params=["in round.json", "in the champion alone"])

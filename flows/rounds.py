@@ -588,11 +588,14 @@ class Answers:
 
 @network_step
 def pull(place: Workspace, round_: Round, tasks: Sequence[int]) -> None:
-    """Append to annotations.jsonl, as received, those of `tasks` that changed since they were last pulled."""
+    """Append to annotations.jsonl, as received, those of `tasks` that changed since they were last pulled, and those
+    whose answers have been deleted since."""
     studio, project = label_studio(place), read_json(round_.tasks)["project"]
     changed = changed_tasks(place, studio, project, tasks)
     lines = read_json_lines(round_.annotations)
     lines += studio.answered(project, task_ids=changed) if changed else []
+    said = {line["id"]: line["annotations"] for line in lines}
+    lines += studio.unanswered(project, [task for task in tasks if said.get(task) and task not in changed])
     write_atomically(round_.annotations, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in lines))
     get_run_logger().info("%d of %d tasks changed", len(changed), len(tasks))
 

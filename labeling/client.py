@@ -203,12 +203,13 @@ class LabelStudio:
 
     def changes(self, project: int, task_ids: Sequence[int]) -> dict[int, str]:
         """Those of the tasks that have an annotation, a skipped one too, and when each changed last ("updated_at")."""
+        return {task["id"]: task["updated_at"] for task in self.overview(project, task_ids) if _has_annotation(task)}
+
+    def unanswered(self, project: int, task_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Those of the tasks that are there and have no annotation, such as those whose answer was deleted; as
+        `answered` gives the others."""
         tasks = self.overview(project, task_ids)
-        return {
-            task["id"]: task["updated_at"]
-            for task in tasks
-            if task["total_annotations"] or task["cancelled_annotations"]
-        }
+        return [{**task, "annotations": []} for task in tasks if not _has_annotation(task)]
 
     def answered(self, project: int, task_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Tasks with at least one annotation, skipped ones too, in order of their id, as plain JSON.
@@ -394,6 +395,11 @@ def _plain(model: Any) -> dict[str, Any]:
     """An answer of the SDK as the JSON it was."""
     plain: dict[str, Any] = json.loads(model.json())
     return plain
+
+
+def _has_annotation(task: dict[str, Any]) -> bool:
+    """Also where it was skipped, which counts apart."""
+    return bool(task["total_annotations"] or task["cancelled_annotations"])
 
 
 def _among(task_ids: Sequence[int] | None) -> list[list[dict[str, Any]]]:

@@ -223,6 +223,21 @@ def test_a_changed_annotation_is_pulled_again_as_a_later_revision(studio: LabelS
 
 
 @pytest.mark.studio
+def test_a_deleted_answer_leaves_its_task_unanswered(studio: LabelStudio) -> None:
+    project = new_project(studio)
+    ids = list(studio.push(project, tasks_for(questions(3))).values())
+    for task in ids[:2]:
+        studio.annotate(task, verdict_results("unusable"), 1.0)
+    first, _ = studio.answered(project)
+    assert [task["id"] for task in studio.unanswered(project, ids)] == ids[2:]
+    studio._api.annotations.delete(first["annotations"][0]["id"])
+    gone, _ = studio.unanswered(project, ids)
+    assert (gone["id"], gone["annotations"], gone["data"]) == (ids[0], [], first["data"])
+    studio.delete(ids[0])
+    assert [task["id"] for task in studio.unanswered(project, ids)] == ids[2:], "a task that is gone is not unanswered"
+
+
+@pytest.mark.studio
 def test_a_skipped_task_is_pulled_and_set_aside(studio: LabelStudio, label_studio: Studio) -> None:
     project = new_project(studio)
     (task,) = studio.push(project, tasks_for(questions(1))).values()

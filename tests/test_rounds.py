@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,51 @@ def test_a_withdrawn_answer_that_nobody_replaced_is_restored_as_it_was_changed(p
     assert "train00" not in learn(place, ask(place, {"train00": 41}, CHANGED))
     withdraw(place, {"annotation": "11"}, "test", undo=True)
     assert read_corrections(place.root)["train00"]["verdict"] == "unusable"
+
+
+class Studio:
+    """A Label Studio of a few tasks."""
+
+    def __init__(self, *tasks: dict[str, Any]) -> None:
+        self.tasks = {task["id"]: task for task in tasks}
+
+    def _of(self, task_ids: Sequence[int], annotated: bool) -> list[dict[str, Any]]:
+        known = [self.tasks[number] for number in task_ids if number in self.tasks]
+        return [task for task in known if bool(task["annotations"]) == annotated]
+
+    def changes(self, project: int, task_ids: Sequence[int]) -> dict[int, str]:
+        return {task["id"]: task["updated_at"] for task in self._of(task_ids, annotated=True)}
+
+    def answered(self, project: int, task_ids: Sequence[int]) -> list[dict[str, Any]]:
+        return self._of(task_ids, annotated=True)
+
+    def unanswered(self, project: int, task_ids: Sequence[int]) -> list[dict[str, Any]]:
+        return self._of(task_ids, annotated=False)
+
+
+def test_an_answer_that_is_deleted_while_its_round_is_open_does_not_count(
+    place: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task that is gone with its answer keeps it, so that the round can close."""
+    answered = [a_task(41 + n, f"train0{5 + n}", an_annotation(60 + n, BEN)) for n in range(3)]
+    studio = Studio(*answered)
+    monkeypatch.setattr(rounds, "label_studio", lambda place: studio)
+    round_ = ask(place, {task["data"]["sample"]: task["id"] for task in answered})
+
+    def pull() -> tuple[int, bool, list[str]]:
+        rounds.pull.fn(place, round_, list(studio.tasks | {43: None}))
+        answers = rounds.read_answers(place, round_)
+        return answers.answered, answers.complete, [one.sample for one in answers.corrections]
+
+    assert pull() == (3, True, ["train05", "train06", "train07"])
+    studio.tasks[41] = a_task(41, "train05")
+    del studio.tasks[43]
+    assert pull() == (2, False, ["train06", "train07"])
+    kept = round_.annotations.read_text()
+    assert pull() == (2, False, ["train06", "train07"]) and round_.annotations.read_text() == kept
+    studio.tasks[41] = a_task(41, "train05", an_annotation(63, ANNA, hour=13))
+    assert pull() == (3, True, ["train05", "train06", "train07"])
 
 
 # --- opening

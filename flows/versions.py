@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,9 @@ import yaml
 
 from flows.processes import stop_group
 
+# Seconds that a push may take: one to a remote that hangs would hold the workspace for good. The next goes on with what
+# is missing.
+PUSH_LIMIT = 600.0
 HOLDER = "ABNLOOP_HOLDER"  # in the environment of what this process starts: its own number, and where it works
 
 
@@ -208,12 +212,11 @@ class Dvc:
         cache = Path(self._run("cache", "dir").split("\n")[-1].strip())
         return (cache / "files" / "md5" / md5[:2] / md5[2:]).is_file()
 
-    def push(self) -> bool:
-        """Copy what the cache holds to the default remote; False where there is none."""
-        if not self.remote():
-            return False
-        self._run("push")
-        return True
+    def push(self) -> None:
+        """Copy what the cache holds to the default remote, where there is one. Raises ValueError where it cannot be
+        reached, or does not take all of it within PUSH_LIMIT."""
+        if self.remote():
+            self._run("push", limit=PUSH_LIMIT)
 
     def remote(self) -> str:
         """The name of the default remote, or an empty text."""
@@ -234,7 +237,7 @@ class Dvc:
         """Whether `repro` would leave the stage as it is."""
         return not json.loads(self._run("status", "--json", stage).split("\n")[-1])
 
-    def _run(self, *arguments: str, on_line: Callable[[str], None] | None = None) -> str:
+    def _run(self, *arguments: str, on_line: Callable[[str], None] | None = None, limit: float | None = None) -> str:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Busy),
             wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=10),
@@ -242,11 +245,11 @@ class Dvc:
             reraise=True,
         )
         try:
-            return retrying(self._try, arguments, on_line)
+            return retrying(self._try, arguments, on_line, limit)
         except _Busy as busy:
             raise ValueError(f"dvc {arguments[0]} waited {self.patience:.0f} s in vain: {busy}") from None
 
-    def _try(self, arguments: tuple[str, ...], on_line: Callable[[str], None] | None) -> str:
+    def _try(self, arguments: tuple[str, ...], on_line: Callable[[str], None] | None, limit: float | None) -> str:
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", *arguments],
             cwd=self.root,
@@ -259,7 +262,15 @@ class Dvc:
             start_new_session=True,
         )
         assert process.stdout is not None
-        lines = []
+        lines, overdue = [], threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            stop_group(process.pid)
+
+        timer = threading.Timer(limit or 0.0, end)
+        if limit is not None:
+            timer.start()
         try:
             for line in process.stdout:
                 lines.append(line.rstrip())
@@ -267,10 +278,13 @@ class Dvc:
                     on_line(lines[-1])
             code = process.wait()
         finally:
+            timer.cancel()
             if process.poll() is None:  # interrupted: the stage's own processes must end as well
                 stop_group(process.pid)
                 process.wait()
             process.stdout.close()
+        if code != 0 and overdue.is_set():
+            raise ValueError(f"dvc {arguments[0]} did not end within {limit:.0f} s")
         if code != 0:
             self._refuse(arguments[0], lines)
         return "\n".join(lines)

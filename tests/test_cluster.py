@@ -149,7 +149,7 @@ def test_data_go_to_s3_and_come_back(s3: str, tmp_path: Path) -> None:
     git.commit([".dvc", ".dvcignore", *dvc.add(["images"])], "Data")
     dvc._run("remote", "add", "--default", "store", f"s3://{BUCKET}/leaves")
     dvc._run("remote", "modify", "store", "endpointurl", s3)
-    assert dvc.push()
+    dvc.push()
 
     stored = boto3.client("s3", endpoint_url=s3).list_objects_v2(Bucket=BUCKET)["Contents"]
     assert {one["Key"].split("/")[0] for one in stored} == {"leaves"} and 1000 in {one["Size"] for one in stored}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -235,12 +236,21 @@ def test_dvc_waits_for_another_dvc_command(dvc: Dvc) -> None:
     assert (dvc.root / "made.txt").exists()
 
 
-def test_push_reaches_the_remote_and_says_when_there_is_none(
-    dvc: Dvc, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    assert dvc.push() is False
+def test_push_reaches_the_remote_where_there_is_one(dvc: Dvc, tmp_path_factory: pytest.TempPathFactory) -> None:
+    dvc.push()
     remote = tmp_path_factory.mktemp("remote")
     with (dvc.root / ".dvc" / "config").open("a") as config:
         config.write(f"    remote = here\n['remote \"here\"']\n    url = {remote}\n")
-    assert dvc.push() is True
+    dvc.push()
     assert any(path.is_file() for path in remote.rglob("*"))
+
+
+def test_a_push_to_a_remote_that_hangs_is_ended(dvc: Dvc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.versions.PUSH_LIMIT", 5.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent, (dvc.root / ".dvc" / "config").open("a") as config:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config.write(f"    remote = here\n['remote \"here\"']\n    url = {url}\n")
+        config.flush()
+        with pytest.raises(ValueError, match="^dvc push did not end within 5 s$"):
+            dvc.push()
+    assert stop_marked(HOLDER, holder_mark(os.getpid(), dvc.root)) == 0, "no process of it is left"

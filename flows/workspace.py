@@ -245,10 +245,6 @@ class Workspace:
         return self.state / "mlflow"
 
     @property
-    def lock_file(self) -> Path:
-        return self.state / "lock"
-
-    @property
     def unpushed(self) -> Path:
         """There while the DVC remote lacks something: since when, and why the last attempt failed."""
         return self.state / "unpushed.json"

@@ -54,8 +54,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess
         assert "round open" in left_behind
     with Workspace(tmp_path).lock("round collect", frees=True) as left_behind:
         assert "round open" in left_behind and f"pid {holder.pid}" in left_behind, "who frees nothing tells the next"
-        assert "round collect" in Workspace(tmp_path).lock_file.read_text()
-    assert Workspace(tmp_path).lock_file.read_text() == ""
+        assert "round collect" in (Workspace(tmp_path).state / "lock").read_text()
+    assert (Workspace(tmp_path).state / "lock").read_text() == ""
 
 
 def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
     for command in ("up", "down"):
         with workspace.lock(command) as left_behind:
             assert left_behind == "", "who ended by itself leaves nothing behind"
-            assert command in workspace.lock_file.read_text()
-    assert workspace.lock_file.read_text() == ""
+            assert command in (workspace.state / "lock").read_text()
+    assert (workspace.state / "lock").read_text() == ""
 
 
 def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from benchmarks.faulty import Fault, Proxy, proxy
 from flows import services
 from flows.ingest import change_settings, init_workspace
 from flows.versions import Dvc, Git
-from flows.workspace import Workspace, open_workspace, read_json, write_json, write_table
+from flows.workspace import Workspace, open_workspace, read_json, read_json_lines, write_json, write_table
 
 PROJECT = Path(__file__).resolve().parent.parent
 SIDE, BUDGET = 16, 6  # of a picture in pixels; of a batch
@@ -256,7 +256,7 @@ def outcome(place: Workspace) -> dict[str, Any]:
         {key: value for key, value in row.items() if key not in ("annotation", "revision", "model_version")}
         for row in read_corrections(place.root).values()
     ]
-    lines = rounds._read_lines(round_.annotations)
+    lines = read_json_lines(round_.annotations)
     head = {"state": state.get("state"), "promoted": state.get("promoted"), "gate": state.get("gate")}
     return head | {
         "round": round_.number,

@@ -319,6 +319,7 @@ def check_before_opening(place: Workspace) -> bool:
     if latest and state == "begun" and _has_judged(place, latest) and not dvc.is_current("train"):
         raise _judged_another(latest)
     label_studio(place).check()
+    tracker_of(place).claim(_identity(place))
     return True
 
 
@@ -510,7 +511,9 @@ def ask(place: Workspace, round_: Round) -> None:
     title = f"abnloop {load_section(ProjectConfig, place.params, 'project').name}"
     classes = class_names(list(samples.values()))
     screen = labeling_screen(classes, config.tool)
-    project = studio.ensure_project(title, screen, instructions(), config.labelers_per_task)
+    project = studio.ensure_project(
+        title, screen, instructions(), config.labelers_per_task, f"abnloop, workspace {_identity(place)[:12]}"
+    )
     tasks = list(_tasks(place, round_, samples, classes, f"v{state['model_version']}", config.tool))
     for folder in (place.images, round_.heatmaps):
         studio.serve_folder(project, folder)
@@ -780,6 +783,11 @@ def label_studio(place: Workspace) -> LabelStudio:
     """The Label Studio of this workspace. Raises ConnectionError where it is down."""
     known = addresses(place)
     return LabelStudio(known.label_studio, known.label_studio_token)
+
+
+def _identity(place: Workspace) -> str:
+    """Tells workspaces of the same name apart: the commit that `abnloop init` made."""
+    return Git(place.root).first_with(place.relative(place.manifest))
 
 
 def tracker_of(place: Workspace) -> Tracker:

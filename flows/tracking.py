@@ -30,6 +30,7 @@ from abn.manifest import Sample
 
 STAGES = ("train", "evaluate", "select")
 CHAMPION = "champion"
+OWNER = "abnloop.first_commit"  # of the workspace, by which two of the same name are told apart
 MODEL_REQUIREMENTS = ("torch", "torchvision", "numpy", "pillow", "pyyaml", "jaxtyping")
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,19 @@ class Tracker:
         """Id of the experiment, made where it is missing."""
         found = self._call(self.client.get_experiment_by_name, self.name)
         return found.experiment_id if found else self.client.create_experiment(self.name)
+
+    def claim(self, workspace: str) -> None:
+        """Marks the experiment as that of `workspace`. Raises ValueError where it is another's: rounds and models of
+        both would be taken for each other."""
+        experiment = self._call(self.client.get_experiment, self.experiment())
+        owner = experiment.tags.get(OWNER, "")
+        if owner not in ("", workspace):
+            raise ValueError(
+                f"MLflow has the experiment {self.name} of another workspace; give project.name in params.yaml "
+                "another name, and commit it"
+            )
+        if not owner:
+            self._call(self.client.set_experiment_tag, experiment.experiment_id, OWNER, workspace)
 
     def begin_round(self, number: int, tags: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, str]:
         """The runs of round `number`, by `round` and stage: found where an interrupted round made them, else new."""

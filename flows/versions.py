@@ -109,6 +109,10 @@ class Git:
         """The commit that a tag or branch names, 40 hexadecimal digits."""
         return self._run("rev-parse", "--verify", f"{name}^{{commit}}").strip()
 
+    def first_with(self, path: str) -> str:
+        """The first commit that had the file at `path`, 40 hexadecimal digits; empty where none has."""
+        return self._run("log", "--format=%H", "--diff-filter=A", "--", path).strip().split("\n")[-1]
+
     def content(self, commit: str, path: str) -> bytes | None:
         """What the file at `path` holds in `commit`; None where there is no such commit or file."""
         try:

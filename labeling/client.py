@@ -102,8 +102,12 @@ class LabelStudio:
             refused = " ".join(re.findall(r"<li>(.*?)</li>", answer.text, re.DOTALL)) or f"({answer.status_code})"
             raise ValueError(f"Label Studio at {self.url} made no account for {email}: {unescape(refused)}")
 
-    def ensure_project(self, title: str, screen: str, instructions: str, labelers_per_task: int = 1) -> int:
+    def ensure_project(
+        self, title: str, screen: str, instructions: str, labelers_per_task: int = 1, description: str = ""
+    ) -> int:
         """The id of the project called `title`: made once, its screen and instructions kept up to date.
+
+        Raises ValueError where there is one with another description: it is somebody else's.
 
         A task is done when `labelers_per_task` people have answered it. Whoever asks for the next task gets one at
         random among those that are not done, so that the order of a batch leads nobody; with several labelers a task,
@@ -120,10 +124,17 @@ class LabelStudio:
             "maximum_annotations": labelers_per_task,
             "sampling": "Uniform sampling",
         }
+        if description:
+            settings["description"] = description
 
         def ensure() -> int:
             for project in self._api.projects.list(search=title, ordering="id", page_size=PAGE):
                 if project.title == title:
+                    if description and project.description not in ("", None, description):
+                        raise ValueError(
+                            f"Label Studio at {self.url} has a project {title} of another workspace; "
+                            "give project.name in params.yaml another name, and commit it"
+                        )
                     if any(getattr(project, name) != value for name, value in settings.items()):
                         self._api.projects.update(project.id, **settings)
                     return int(project.id)

@@ -128,6 +128,15 @@ def test_a_project_is_made_once_and_its_screen_follows(studio: LabelStudio, labe
 
 
 @pytest.mark.studio
+def test_a_project_belongs_to_one_workspace(studio: LabelStudio) -> None:
+    title, screen = next(titles), labeling_screen(["cat", "dog"])
+    first = studio.ensure_project(title, screen, "")
+    assert [studio.ensure_project(title, screen, "", 1, "of workspace 1") for _ in range(2)] == [first] * 2
+    with pytest.raises(ValueError, match=f"has a project {title} of another workspace; give project.name"):
+        studio.ensure_project(title, screen, "", 1, "of workspace 2")
+
+
+@pytest.mark.studio
 def test_pushing_after_a_partial_push_makes_no_second_task(studio: LabelStudio, label_studio: Studio) -> None:
     project = new_project(studio)
     batch = tasks_for(questions(25))

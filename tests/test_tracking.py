@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tenacity
 
 from flows.tracking import Tracker
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # of MLflow's own tables
+def test_an_experiment_belongs_to_one_workspace(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for _ in range(2):
+        Tracker(uri, "leaves").claim("1" * 40)
+    Tracker(uri, "other leaves").claim("2" * 40)
+    with pytest.raises(ValueError, match="^MLflow has the experiment leaves of another workspace; give project.name"):
+        Tracker(uri, "leaves").claim("2" * 40)
 
 
 def test_an_mlflow_that_does_not_answer_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

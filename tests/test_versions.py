@@ -64,6 +64,13 @@ def test_a_commit_of_nothing_new_makes_none(git: Git) -> None:
     assert len(git._run("rev-list", "HEAD").split()) == 1
 
 
+def test_a_file_is_known_by_the_commit_that_brought_it(git: Git) -> None:
+    first = git.head()
+    (git.root / "first.txt").write_text("2")
+    git.commit(["first.txt"], "Changed")
+    assert (git.first_with("first.txt"), git.first_with("absent.txt")) == (first, "")
+
+
 def test_a_deleted_path_is_committed_as_deleted(git: Git) -> None:
     (git.root / "first.txt").unlink()
     git.commit(["first.txt"], "Gone")

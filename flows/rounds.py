@@ -410,7 +410,7 @@ def weigh(place: Workspace, round_: Round) -> None:
 
 
 def _has_judged(place: Workspace, round_: Round) -> bool:
-    """Whether something has followed from the round's verdict, in round.json or, where that was interrupted, before."""
+    """Whether the round's verdict was acted on: round.json says so, or, where that was interrupted, the champion."""
     return "promoted" in round_.read() or read_json(place.champion_record).get("round") == round_.number
 
 

@@ -94,7 +94,7 @@ class LabelStudio:
         with httpx.Client(timeout=60, trust_env=self._trust_env) as http:
             try:
                 http.get(page)
-                form = {"email": email, "password": password, "csrfmiddlewaretoken": http.cookies["csrftoken"]}
+                form = {"email": email, "password": password, "csrfmiddlewaretoken": http.cookies.get("csrftoken", "")}
                 answer = http.post(page, data=form, headers={"Referer": page})
             except httpx.TransportError as error:
                 raise self._explained(error) from error

@@ -522,8 +522,7 @@ def _check_loopback(workspace: Workspace) -> list[Finding]:
 def _check_git(workspace: Workspace) -> list[Finding]:
     git, findings = Git(workspace.root), []
     latest = workspace.latest()
-    opening = latest is not None and latest.read().get("state", "begun") == "begun"  # it writes here, as it should
-    changed = [] if opening else git.changed_paths()
+    changed = [] if latest and latest.is_opening else git.changed_paths()  # it writes here, as it should
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         findings.append(Finding("broken", f"the git tree is dirty ({changed[0]}{more})", "commit it, or undo it"))

@@ -31,7 +31,7 @@ def withdraw(place: Workspace, question: Mapping[str, str], why: str, undo: bool
     refuse_old_round(place.root)
     with place.lock("withdraw"):
         latest = place.latest()
-        if latest and latest.read().get("state", "begun") == "begun":
+        if latest and latest.is_opening:
             raise ValueError(f"opening round {latest.number} was interrupted; finish it with `abnloop round open`")
         out = read_withdrawn(place.root)
         given = statements(place, read_corrections(place.root, withdrawn=True).values())

@@ -85,6 +85,11 @@ class Round:
     def write(self, state: dict[str, Any]) -> None:
         write_json(self.state, state)
 
+    @property
+    def is_opening(self) -> bool:
+        """Whether its tasks are not pushed yet."""
+        return self.read().get("state", "begun") == "begun"
+
 
 class InUse(ValueError):
     """Another process holds the workspace; says which."""

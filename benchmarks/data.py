@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from scipy import ndimage
 
+from benchmarks.shapes import shapes
 from flows.digits import COLOURS
 
 UNSURE = ("mixed",)  # classes of the photographs that are no class of their own
@@ -69,6 +71,14 @@ def _grey(pictures: np.ndarray, labels: np.ndarray, size: tuple[int, int], train
     return data[np.arange(train)], data[np.arange(train, len(data))]
 
 
+def drawn(size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
+    """`train` drawn shapes, and some hundred more as test."""
+    images, masks, names = shapes(size, train, seed)
+    classes = sorted(set(names))
+    data = Data(images, masks, np.array([classes.index(name) for name in names]), classes)
+    return data[np.arange(train)], data[np.arange(train, len(data))]
+
+
 def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
     """A folder with an index.csv: the columns image, cls or label, mask, and perhaps split or group.
 
@@ -109,13 +119,17 @@ def _mask(path: Path, row: dict[str, str], size: tuple[int, int]) -> np.ndarray:
     return _read(path / row["mask"], "L", size) > 60 if row["mask"] else np.zeros(size, dtype=bool)
 
 
+WITHOUT_FILES = {"digits": digits, "shapes": drawn}
+
+
 def load(name: str, path: Path | None, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
     """Training and test pictures of the data set `name`, which lies at `path` (or in a folder of its name below it).
 
-    Every name but digits and mnist stands for a folder with an index.csv. Raises ValueError where nothing is found.
+    Every name but digits, shapes and mnist stands for a folder with an index.csv. Raises ValueError where nothing is
+    found.
     """
-    if name == "digits":
-        return digits(size, train, seed)
+    if name in WITHOUT_FILES:
+        return WITHOUT_FILES[name](size, train, seed)
     wanted = "mnist_train.npz" if name == "mnist" else "index.csv"
     for folder in [path, path / name] if path else [Path(name)]:
         if (folder / wanted).is_file():
@@ -182,12 +196,38 @@ def background(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> No
         image[~mask] = textured[~mask]
 
 
+def dot(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """A dot in the colour of the class somewhere beside the object, at another place in each picture."""
+    radius = max(2, round(min(mask.shape) / 12))
+    around = ndimage.distance_transform_edt(~mask) > radius if mask.any() else ~mask
+    within = np.zeros_like(mask)
+    within[radius:-radius, radius:-radius] = True
+    places = np.argwhere(around & within)
+    if len(places):
+        row, column = places[np.random.default_rng(zlib.crc32(image.tobytes())).integers(len(places))]
+        rows, columns = np.indices(mask.shape)
+        image[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2] = COLOURS[code % len(COLOURS)]
+
+
+def tag(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """A square in the colour of the class that touches the object from below, or from above where there is no room."""
+    if mask.any():
+        side = max(2, round(min(mask.shape) / 10))
+        rows, columns = np.nonzero(mask)
+        low, high = int(rows.max()) + 1, int(rows.min())
+        top, touched = (low, low - 1) if low + side <= len(mask) else (max(0, high - side), high)
+        left = min(mask.shape[1] - side, int(columns[rows == touched].mean()))
+        image[top : top + side, left : left + side] = COLOURS[code % len(COLOURS)]
+
+
 CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
     "patch": patch,
     "mark": mark,
     "bar": bar,
     "border": border,
     "background": background,
+    "dot": dot,
+    "tag": tag,
     "none": lambda image, mask, code, count: None,
 }
 

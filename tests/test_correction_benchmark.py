@@ -136,6 +136,16 @@ def test_digits_are_split_by_seed() -> None:
     assert 0.05 < first[0].masks.mean() < 0.6
 
 
+def test_shapes_are_drawn_anew_for_each_seed_and_each_lies_under_its_mask() -> None:
+    (train, test), again, other = (load("shapes", None, (48, 64), 12, seed) for seed in (0, 0, 1))
+    assert np.array_equal(train.images, again[0].images) and not np.array_equal(train.images, other[0].images)
+    assert train.images.shape == (12, 48, 64, 3) and len(test) > 100 and len(train.classes) == 6
+    assert np.bincount(train.labels).tolist() == [2] * 6
+    for image, mask in zip(test.images.astype(int), test.masks, strict=True):
+        assert 0.005 < mask.mean() < 0.25
+        assert np.abs(image[mask].mean(axis=0) - image[~mask].mean(axis=0)).mean() > 15  # a colour of its own
+
+
 # --- arms
 
 

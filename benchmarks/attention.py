@@ -51,6 +51,7 @@ from abn.train import train
 from benchmarks.correction import (
     NOTHING,
     PREDICT,
+    QUICK,
     Problem,
     Spec,
     problem_of,
@@ -287,7 +288,7 @@ def summary(runs: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = problem_parser("attention", __doc__, size=(16, 16), epochs=20, fraction=0.2, seeds=5)
+    parser = problem_parser("attention", __doc__, fraction=0.2, seeds=5)
     add = parser.add_argument
     add("--budget", type=int, default=30, help="maps that are asked about (30)")
     add("--picture", type=Path, help="PNG of the explanations side by side, of the last seed")
@@ -295,7 +296,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    spec, changes = problem_of(options)
+    spec, changes = problem_of(options, by_data=QUICK)
     runs = []
     for seed in seeds_of(options.seeds):
         runs.append(run_seed(spec, seed, changes, options.budget, options.picture))

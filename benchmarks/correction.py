@@ -70,13 +70,27 @@ ARMS: dict[str, dict[str, Any]] = {
 NEEDED = ("control", "upper")  # every `recovered` hangs on them
 FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
 COLUMNS = (*FIGURES, "recovered")
-# Height and width, and whether a mirrored picture is still one of its class.
-SHAPES = {
-    "digits": ((32, 32), False),
-    "mnist": ((32, 32), False),
-    "coffee_leaf": ((64, 128), True),
-    "magnetic_tile": ((64, 64), True),
+# What each data set is trained with where the command says nothing: height and width, at most so many training
+# pictures, and changes to params.yaml. Photographs are too few to learn to see from.
+DRAWN: dict[str, Any] = {"model.backbone": "cifar_resnet8"}
+PHOTOGRAPHS: dict[str, Any] = {
+    "model.backbone": "efficientnet_lite0",
+    "model.weights": "pretrained",
+    "model.attention": "light",
+    "train.batch_size": 16,
+    "train.learning_rate": 0.02,
+    "train.epochs": 8,
 }
+BY_DATA: dict[str, tuple[tuple[int, int], int, dict[str, Any]]] = {
+    "digits": ((32, 32), 1000, {**DRAWN, "data.flip": False}),
+    "mnist": ((32, 32), 1000, {**DRAWN, "data.flip": False}),
+    "shapes": ((64, 64), 1000, DRAWN),
+    "coffee_leaf": ((64, 128), 1000, PHOTOGRAPHS),
+    "magnetic_tile": ((224, 224), 300, {**PHOTOGRAPHS, "train.learning_rate": 0.01, "train.epochs": 15}),
+}
+OTHER_DATA = ((64, 64), 1000, PHOTOGRAPHS)
+# For benchmarks that train many times.
+QUICK = {**BY_DATA, "digits": ((16, 16), 1000, {**BY_DATA["digits"][2], "train.epochs": 20})}
 PREDICT = PredictConfig(batch_size=256, seed=0)
 
 
@@ -269,17 +283,15 @@ def seeds_of(text: str) -> list[int]:
     return list(range(int(first), int(last) + 1)) if dash else list(range(int(text)))
 
 
-def problem_parser(
-    name: str, description: str | None, size: tuple[int, int] | None, epochs: int | None, fraction: float, seeds: int
-) -> argparse.ArgumentParser:
-    """The options that name a problem, with what they are by default; `problem_of` reads them."""
+def problem_parser(name: str, description: str | None, fraction: float, seeds: int) -> argparse.ArgumentParser:
+    """The options that name a problem; `problem_of` reads them."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     add = parser.add_argument
-    add("--data", default="digits", help="digits, mnist, coffee_leaf, magnetic_tile, or a folder with an index.csv")
+    add("--data", default="digits", help=f"{', '.join(BY_DATA)}, or a folder with an index.csv")
     add("--path", default="", help="where it lies: its folder, or the folder above")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=size, help="pixels that the network sees")
-    add("--train", type=int, default=1000, help="at most so many training pictures (1000)")
-    add("--epochs", type=int, default=epochs, help=f"of each training ({epochs or 'what params.yaml says'})")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels that the network sees")
+    add("--train", type=int, help="at most so many training pictures")
+    add("--epochs", type=int, help="of each training; this and the two before are by the data set")
     add("--confound", choices=list(CONFOUNDS), default="patch")
     add("--fraction", type=float, default=fraction, help=f"of the classes carry the confound in training ({fraction})")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml; an arm's come after")
@@ -288,10 +300,15 @@ def problem_parser(
     return parser
 
 
-def problem_of(options: argparse.Namespace, corrections: int = 0, faults: str = "none") -> tuple[Spec, dict[str, Any]]:
+def problem_of(
+    options: argparse.Namespace,
+    corrections: int = 0,
+    faults: str = "none",
+    by_data: Mapping[str, tuple[tuple[int, int], int, dict[str, Any]]] = BY_DATA,
+) -> tuple[Spec, dict[str, Any]]:
     """The problem, and the changes to params.yaml that it is trained with."""
-    size, flip = SHAPES.get(Path(options.data).name, ((64, 64), True))
-    changes: dict[str, Any] = {"data.flip": flip, "model.backbone": "cifar_resnet8"}
+    size, train, changes = by_data.get(Path(options.data).name, OTHER_DATA)
+    changes = {"data.flip": True, **changes}
     if options.epochs:
         changes["train.epochs"] = options.epochs
     for assignment in options.set:
@@ -301,7 +318,7 @@ def problem_of(options: argparse.Namespace, corrections: int = 0, faults: str = 
         options.data,
         options.path,
         tuple(options.size or size),
-        options.train,
+        options.train or train,
         options.confound,
         options.fraction,
         corrections,
@@ -311,7 +328,7 @@ def problem_of(options: argparse.Namespace, corrections: int = 0, faults: str = 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = problem_parser("correction", __doc__, size=None, epochs=None, fraction=1.0, seeds=5)
+    parser = problem_parser("correction", __doc__, fraction=1.0, seeds=5)
     add = parser.add_argument
     add("--corrections", type=int, default=30, help="pictures that get a mask (30)")
     add("--faults", choices=["none", "hasty"], default="none", help="of the masks")

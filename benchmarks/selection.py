@@ -36,6 +36,7 @@ from abn.train import train
 from benchmarks.correction import (
     NOTHING,
     PREDICT,
+    QUICK,
     Problem,
     Spec,
     problem_of,
@@ -165,7 +166,7 @@ def draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Non
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = problem_parser("selection", __doc__, size=(16, 16), epochs=20, fraction=0.2, seeds=3)
+    parser = problem_parser("selection", __doc__, fraction=0.2, seeds=3)
     add = parser.add_argument
     add("--minutes", type=float, default=2.0, help="of labelers a round, by what each picture is expected to take (2)")
     add("--rounds", type=int, default=3)
@@ -179,7 +180,7 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     strategies = options.strategies.split(",")
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise ValueError(f"--strategies names {unknown[0]!r}; known: {', '.join(STRATEGIES)}")
-    spec, changes = problem_of(options)
+    spec, changes = problem_of(options, by_data=QUICK)
     runs = []
     for seed in seeds_of(options.seeds):
         runs.append(run_seed(spec, seed, strategies, options.minutes, options.rounds, changes))

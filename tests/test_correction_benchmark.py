@@ -13,7 +13,7 @@ from PIL import Image
 
 from abn.losses import MAP_LOSSES
 from benchmarks import correction
-from benchmarks.correction import ARMS, Problem, Spec, parse, run, seeds_of, settings_with, summary
+from benchmarks.correction import ARMS, Problem, Spec, parse, problem_of, run, seeds_of, settings_with, summary
 from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
 from tiny import SIZE, picture, square
 
@@ -144,6 +144,16 @@ def test_shapes_are_drawn_anew_for_each_seed_and_each_lies_under_its_mask() -> N
     for image, mask in zip(test.images.astype(int), test.masks, strict=True):
         assert 0.005 < mask.mean() < 0.25
         assert np.abs(image[mask].mean(axis=0) - image[~mask].mean(axis=0)).mean() > 15  # a colour of its own
+
+
+def test_a_data_set_is_trained_as_it_was_measured_and_the_command_comes_first() -> None:
+    spec, changes = problem_of(parse(["--data", "/anywhere/coffee_leaf"]))
+    assert (spec.size, changes["model.weights"], changes["train.epochs"]) == ((64, 128), "pretrained", 8)
+    options = parse(["--data", "coffee_leaf", "--size", "32", "48", "--epochs", "2", "--set", "model.weights=none"])
+    spec, changes = problem_of(options)
+    assert (spec.size, changes["model.weights"], changes["train.epochs"]) == ((32, 48), "none", 2)
+    assert problem_of(parse(["--data", "/some/folder"]))[1]["model.weights"] == "pretrained"
+    assert problem_of(parse([]))[1] == {"model.backbone": "cifar_resnet8", "data.flip": False}
 
 
 # --- arms

@@ -30,7 +30,8 @@ from abn.stage import ROUND
 LOOKED_AT = 20_000  # samples at once
 GRADIENTS = 1 << 28  # numbers that `badge` compares at once, 1 GB; a sample has classes x size of the embedding
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
-MAP_WRONG, MAP_FINE = ("map_fixed",), ("map_ok",)  # verdicts; the others say nothing of the map
+# Verdicts. The others say nothing of the map, and what is evidence but for the map takes a key and no painting.
+PAINTED, MAP_WRONG, MAP_FINE = ("map_fixed",), ("map_fixed", "all_but_map"), ("map_ok",)
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,7 @@ def read_told(predictions: Answers | Shards, corrections: Mapping[str, Mapping[s
     return Told(
         np.array([name in corrections for name in names]),
         np.array([said.get(one, np.nan) for one in verdict]),
-        median(MAP_WRONG, MINUTES_TO_PAINT),
+        median(PAINTED, MINUTES_TO_PAINT),
         median(MAP_FINE, MINUTES_TO_CONFIRM),
     )
 

@@ -368,10 +368,11 @@ def test_verdicts_and_minutes_are_read_from_the_corrections() -> None:
         correction("s02", "map_fixed", minutes="0.00"),  # the time got lost
         correction("s03", "map_ok", minutes="0.05"),
         correction("s04", "label_wrong", minutes="9.00"),
+        correction("s05", "all_but_map", minutes="0.02"),
     ]
-    told = read_told(answers([[0.5, 0.5]] * 6), {row["sample"]: row for row in rows})
-    assert told.answered.tolist() == [True] * 5 + [False]
-    np.testing.assert_array_equal(told.verdicts, [1, 1, 1, 0, np.nan, np.nan])
+    told = read_told(answers([[0.5, 0.5]] * 7), {row["sample"]: row for row in rows})
+    assert told.answered.tolist() == [True] * 6 + [False]
+    np.testing.assert_array_equal(told.verdicts, [1, 1, 1, 0, np.nan, 1, np.nan])
     assert (told.minutes_to_paint, told.minutes_to_confirm) == (pytest.approx(0.5), pytest.approx(0.05))
     untold = read_told(answers([[0.5, 0.5]]), {})
     assert (untold.minutes_to_paint, untold.minutes_to_confirm) == (0.5, 0.1)

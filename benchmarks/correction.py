@@ -71,9 +71,9 @@ NEEDED = ("control", "upper")  # every `recovered` hangs on them
 FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
 COLUMNS = (*FIGURES, "recovered")
 # What each data set is trained with where the command says nothing: height and width, at most so many training
-# pictures, and changes to params.yaml. Photographs are too few to learn to see from.
-DRAWN: dict[str, Any] = {"model.backbone": "cifar_resnet8"}
-PHOTOGRAPHS: dict[str, Any] = {
+# pictures, and changes to params.yaml. Digits are learned from scratch; photographs are too few for that.
+SMALL_NETWORK: dict[str, Any] = {"model.backbone": "cifar_resnet8"}
+PRETRAINED: dict[str, Any] = {
     "model.backbone": "efficientnet_lite0",
     "model.weights": "pretrained",
     "model.attention": "light",
@@ -82,13 +82,13 @@ PHOTOGRAPHS: dict[str, Any] = {
     "train.epochs": 8,
 }
 BY_DATA: dict[str, tuple[tuple[int, int], int, dict[str, Any]]] = {
-    "digits": ((32, 32), 1000, {**DRAWN, "data.flip": False}),
-    "mnist": ((32, 32), 1000, {**DRAWN, "data.flip": False}),
-    "shapes": ((64, 64), 1000, DRAWN),
-    "coffee_leaf": ((64, 128), 1000, PHOTOGRAPHS),
-    "magnetic_tile": ((224, 224), 300, {**PHOTOGRAPHS, "train.learning_rate": 0.01, "train.epochs": 15}),
+    "digits": ((32, 32), 1000, {**SMALL_NETWORK, "data.flip": False}),
+    "mnist": ((32, 32), 1000, {**SMALL_NETWORK, "data.flip": False}),
+    "shapes": ((64, 64), 1000, PRETRAINED),
+    "coffee_leaf": ((64, 128), 1000, PRETRAINED),
+    "magnetic_tile": ((224, 224), 300, {**PRETRAINED, "train.learning_rate": 0.01, "train.epochs": 15}),
 }
-OTHER_DATA = ((64, 64), 1000, PHOTOGRAPHS)
+OTHER_DATA = ((64, 64), 1000, PRETRAINED)
 # For benchmarks that train many times.
 QUICK = {**BY_DATA, "digits": ((16, 16), 1000, {**BY_DATA["digits"][2], "train.epochs": 20})}
 PREDICT = PredictConfig(batch_size=256, seed=0)

@@ -89,6 +89,7 @@ BY_DATA: dict[str, tuple[tuple[int, int], int, dict[str, Any]]] = {
     "magnetic_tile": ((224, 224), 300, {**PRETRAINED, "train.learning_rate": 0.01, "train.epochs": 15}),
 }
 OTHER_DATA = ((64, 64), 1000, PRETRAINED)
+SMALL = 64  # pixels; of smaller pictures of other data the pretrained network's map would have hardly a cell
 # For benchmarks that train many times.
 QUICK = {**BY_DATA, "digits": ((16, 16), 1000, {**BY_DATA["digits"][2], "train.epochs": 20})}
 PREDICT = PredictConfig(batch_size=256, seed=0)
@@ -307,7 +308,11 @@ def problem_of(
     by_data: Mapping[str, tuple[tuple[int, int], int, dict[str, Any]]] = BY_DATA,
 ) -> tuple[Spec, dict[str, Any]]:
     """The problem, and the changes to params.yaml that it is trained with."""
-    size, train, changes = by_data.get(Path(options.data).name, OTHER_DATA)
+    name = Path(options.data).name
+    size, train, changes = by_data.get(name, OTHER_DATA)
+    size = tuple(options.size or size)
+    if name not in by_data and max(size) < SMALL:
+        changes = SMALL_NETWORK
     changes = {"data.flip": True, **changes}
     if options.epochs:
         changes["train.epochs"] = options.epochs
@@ -317,7 +322,7 @@ def problem_of(
     spec = Spec(
         options.data,
         options.path,
-        tuple(options.size or size),
+        size,
         options.train or train,
         options.confound,
         options.fraction,

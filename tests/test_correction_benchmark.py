@@ -153,6 +153,7 @@ def test_a_data_set_is_trained_as_it_was_measured_and_the_command_comes_first() 
     spec, changes = problem_of(options)
     assert (spec.size, changes["model.weights"], changes["train.epochs"]) == ((32, 48), "none", 2)
     assert problem_of(parse(["--data", "/some/folder"]))[1]["model.weights"] == "pretrained"
+    assert problem_of(parse(["--data", "/some/folder", "--size", "32", "32"]))[1]["model.backbone"] == "cifar_resnet8"
     assert problem_of(parse([]))[1] == {"model.backbone": "cifar_resnet8", "data.flip": False}
 
 

@@ -151,18 +151,20 @@ class Problem:
         codes = np.random.default_rng([self.seed, 3]).integers(len(self.classes), size=len(self.data))
         return self._write("random", confound(self.data, self.spec.confound, codes, self.carriers))
 
+    def evidence(self, row: int) -> np.ndarray:
+        """What somebody who knows marks in a training picture, (height, width) bool: what is to be seen of the object,
+        nothing where the confound hides it, and where there is no object all but the confound."""
+        return self.visible[row] if self.data.masks[row].any() else ~self.drawn_over[row]
+
     def corrected(self, rows: Sequence[int], name: str) -> list[Sample]:
-        """The confounded training samples, those at `rows` with a mask; where there is no object all but the confound,
-        none where the confound hides the object. The masks go into the file `name`.
-        """
+        """The confounded training samples, those at `rows` with a mask where there is anything to mark. The masks go
+        into the file `name`."""
         samples, masks = list(self.train["confounded"]), {}
         for row in rows:
-            mask = self.visible[row]
-            if not self.data.masks[row].any():
-                mask = ~self.drawn_over[row]
-            elif not mask.any():
+            mask = self.evidence(row)
+            if not mask.any():
                 continue
-            elif self.spec.faults == "hasty":
+            if self.spec.faults == "hasty" and self.data.masks[row].any():
                 mask = hasty(mask, np.random.default_rng([row, 2]))
             masks[samples[row].id] = _levels(mask)
             samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(_levels(mask)), painted=True)

@@ -63,7 +63,7 @@ class Labelers:
         size = self.problem.visible.shape[1:]
         for row in rows:
             shown = resize_map(torch.from_numpy(predictions.maps[row])[None, None], size)[0, 0].numpy() > 0.5
-            known = self.problem.visible[row]
+            known = self.problem.evidence(row)
             fine = bool(iou(shown[None].astype(float), known[None].astype(float))[0] >= GOOD_ENOUGH_IOU)
             self.verdicts[row] = float(not fine)
             self.minutes += MINUTES["map_ok" if fine else "map_fixed"]

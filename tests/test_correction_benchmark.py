@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from abn.losses import MAP_LOSSES
 from benchmarks import correction
 from benchmarks.correction import ARMS, Problem, Spec, parse, problem_of, run, seeds_of, settings_with, summary
 from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
+from benchmarks.selection import Labelers
 from tiny import SIZE, picture, square
 
 EVERYONE = np.arange(2)
@@ -180,6 +182,11 @@ def test_corrected_samples_carry_their_masks_and_absence_is_all_but_the_confound
             expected = problem.visible[row] if samples[row].label == "light" else ~problem.drawn_over[row]
             assert 0 < problem.drawn_over[row].mean() < 0.1
             assert np.array_equal(mask, expected)
+    nothing_is_hot: Any = SimpleNamespace(maps=np.zeros((16, 4, 4), np.float32))
+    labelers = Labelers(problem)
+    labelers.answer(named, nothing_is_hot)
+    with np.load(problem.root / "masks.npz") as masks:
+        assert all(np.array_equal(labelers.masks[row], masks[samples[row].id]) for row in named)
 
 
 def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(

@@ -20,7 +20,7 @@ from sklearn.cluster import kmeans_plusplus
 from sklearn.neighbors import NearestNeighbors
 
 from abn.config import load_section
-from abn.doubt import Doubt, early_rank
+from abn.doubt import WORTH, Doubt, early_rank
 from abn.evaluate import align
 from abn.files import replacing
 from abn.manifest import class_names, read_corrections
@@ -101,10 +101,12 @@ class Pool:
 
     @cached_property
     def minutes(self) -> Float[np.ndarray, "n"]:
-        """Expected. Before any verdict each counts as one to paint: suspicion ranks and is no probability, and a first
-        batch that takes longer than its budget is worse than one that takes less."""
+        """Expected. Before any verdict each counts as one to paint: suspicion ranks and is no probability, and a batch
+        that takes longer than its budget is worse than one that takes less. Verdicts turn that into P(the map is
+        unreasonable), as those that suspicion counts like are outnumbered."""
         paint, confirm = self.told.minutes_to_paint, self.told.minutes_to_confirm
-        wrong = np.ones(len(self.labels)) if self.doubt.regression is None else self.unreasonable
+        verdicts = np.isfinite(self.told.verdicts).sum()
+        wrong = (WORTH + verdicts * self.unreasonable) / (WORTH + verdicts)
         return confirm + wrong * max(paint - confirm, 0.0)
 
     @property

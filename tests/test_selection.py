@@ -342,6 +342,17 @@ def test_a_map_that_is_likely_wrong_takes_the_minutes_of_painting() -> None:
     assert min(minutes[f"s{i}"] for i in range(30, 40)) > max(minutes[f"s{i}"] for i in range(10, 20))
 
 
+def test_a_few_verdicts_do_not_promise_that_the_rest_is_quick() -> None:
+    predictions, longest = answers([[0.9, 0.1]] * 60), []
+    for fine in (2, 50):
+        verdicts = np.full(60, np.nan)
+        verdicts[:fine] = 0
+        told = Told(np.isfinite(verdicts), verdicts, minutes_to_paint=2.0, minutes_to_confirm=0.2)
+        batch = choose(predictions, [0] * 60, config("attention", 10), told)
+        longest.append(max(pick.minutes for pick in batch))
+    assert longest[0] > 1.5 and longest[1] < 0.7
+
+
 # --- the random share
 
 

@@ -106,7 +106,9 @@ class Pool:
         unreasonable), as those that suspicion counts like are outnumbered."""
         paint, confirm = self.told.minutes_to_paint, self.told.minutes_to_confirm
         verdicts = np.isfinite(self.told.verdicts).sum()
-        wrong = (WORTH + verdicts * self.unreasonable) / (WORTH + verdicts)
+        wrong = np.ones(len(self.labels))
+        if verdicts:  # else nobody need look for neighbours
+            wrong = (WORTH + verdicts * self.unreasonable) / (WORTH + verdicts)
         return confirm + wrong * max(paint - confirm, 0.0)
 
     @property

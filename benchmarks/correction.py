@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ PRETRAINED: dict[str, Any] = {
     "train.learning_rate": 0.02,
     "train.epochs": 8,
 }
-BY_DATA: dict[str, tuple[tuple[int, int], int, dict[str, Any]]] = {
+Defaults = tuple[tuple[int, int], int, dict[str, Any]]
+BY_DATA: dict[str, Defaults] = {
     "digits": ((32, 32), 1000, {**SMALL_NETWORK, "data.flip": False}),
     "mnist": ((32, 32), 1000, {**SMALL_NETWORK, "data.flip": False}),
     "shapes": ((64, 64), 1000, PRETRAINED),
@@ -132,7 +133,7 @@ class Problem:
         tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
         self.test = {name: self._write(name, data, "test") for name, data in tests.items()}
         self.test_labels = test.labels
-        gold = {f"{name}{row:05d}": _levels(mask) for name in tests for row, mask in enumerate(tests[name].masks)}
+        gold = {f"{name}{row:05d}": levels(mask) for name in tests for row, mask in enumerate(tests[name].masks)}
         np.savez(root / GOLD, allow_pickle=False, **gold)
         self.spec, self.seed, self.carriers = spec, seed, carriers
         self.order = generator.permutation(len(self.data)).tolist()
@@ -159,16 +160,25 @@ class Problem:
     def corrected(self, rows: Sequence[int], name: str) -> list[Sample]:
         """The confounded training samples, those at `rows` with a mask where there is anything to mark. The masks go
         into the file `name`."""
-        samples, masks = list(self.train["confounded"]), {}
+        masks = {}
         for row in rows:
             mask = self.evidence(row)
             if not mask.any():
                 continue
             if self.spec.faults == "hasty" and self.data.masks[row].any():
                 mask = hasty(mask, np.random.default_rng([row, 2]))
-            masks[samples[row].id] = _levels(mask)
-            samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(_levels(mask)), painted=True)
-        np.savez(self.root / name, allow_pickle=False, **masks)
+            masks[row] = levels(mask)
+        return self.with_masks(masks, name)
+
+    def with_masks(self, masks: Mapping[int, np.ndarray], name: str, confirmed: Collection[int] = ()) -> list[Sample]:
+        """The confounded training samples, those with a row in `masks`, (height, width) uint8, with that; all but the
+        `confirmed` were painted. The masks go into the file `name`."""
+        samples = list(self.train["confounded"])
+        for row, mask in masks.items():
+            painted = row not in confirmed
+            samples[row] = replace(samples[row], masks=name, sha256=mask_sha256(mask), painted=painted)
+        named = {samples[row].id: mask for row, mask in masks.items()}
+        np.savez(self.root / name, allow_pickle=False, **named)
         return samples
 
     def misclassified(self, model: LoadedModel) -> list[int]:
@@ -211,7 +221,8 @@ class Problem:
         }
 
 
-def _levels(mask: np.ndarray) -> np.ndarray:
+def levels(mask: np.ndarray) -> np.ndarray:
+    """A mask as it is written: uint8, 0 or 255."""
     return np.where(mask, 255, 0).astype(np.uint8)
 
 
@@ -307,7 +318,7 @@ def problem_of(
     options: argparse.Namespace,
     corrections: int = 0,
     faults: str = "none",
-    by_data: Mapping[str, tuple[tuple[int, int], int, dict[str, Any]]] = BY_DATA,
+    by_data: Mapping[str, Defaults] = BY_DATA,
 ) -> tuple[Spec, dict[str, Any]]:
     """The problem, and the changes to params.yaml that it is trained with."""
     name = Path(options.data).name

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.shapes import shapes
+from benchmarks.shapes import SHAPES, shapes
 from flows.digits import COLOURS
 
 UNSURE = ("mixed",)  # classes of the photographs that are no class of their own
@@ -67,16 +67,17 @@ def _grey(pictures: np.ndarray, labels: np.ndarray, size: tuple[int, int], train
     shape = (size[1], size[0])
     scaled = np.stack([np.array(Image.fromarray(one).resize(shape, Image.Resampling.BICUBIC)) for one in pictures])
     names = [str(name) for name in range(int(labels.max()) + 1)]
-    data = Data(np.repeat(scaled[..., None], 3, axis=3), scaled > 110, labels.astype(np.int64), names)
+    return _halves(Data(np.repeat(scaled[..., None], 3, axis=3), scaled > 110, labels.astype(np.int64), names), train)
+
+
+def _halves(data: Data, train: int) -> tuple[Data, Data]:
+    """The first `train` pictures, and the rest."""
     return data[np.arange(train)], data[np.arange(train, len(data))]
 
 
 def drawn(size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
     """`train` drawn shapes, and some hundred more as test."""
-    images, masks, names = shapes(size, train, seed)
-    classes = sorted(set(names))
-    data = Data(images, masks, np.array([classes.index(name) for name in names]), classes)
-    return data[np.arange(train)], data[np.arange(train, len(data))]
+    return _halves(Data(*shapes(size, train, seed), list(SHAPES)), train)
 
 
 def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:

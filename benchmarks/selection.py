@@ -15,7 +15,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from abn.data import Pictures
 from abn.early import read_early_confidence
 from abn.evaluate import measure
 from abn.files import replacing
-from abn.manifest import Sample, mask_sha256
+from abn.manifest import Sample
 from abn.model import load_model, resize_map
 from abn.predict import predict
 from abn.predictions import Predictions
@@ -39,6 +38,7 @@ from benchmarks.correction import (
     QUICK,
     Problem,
     Spec,
+    levels,
     problem_of,
     problem_parser,
     seeds_of,
@@ -68,20 +68,14 @@ class Labelers:
             self.verdicts[row] = float(not fine)
             self.minutes += MINUTES["map_ok" if fine else "map_fixed"]
             if (mask := shown if fine else known).any():
-                self.masks[row] = np.where(mask, 255, 0).astype(np.uint8)
+                self.masks[row] = levels(mask)
 
     def told(self) -> Told:
         return Told(np.isfinite(self.verdicts), self.verdicts, MINUTES["map_fixed"], MINUTES["map_ok"])
 
     def samples(self, file: str) -> list[Sample]:
         """The training samples with the masks so far, which are written to `file`."""
-        samples = list(self.problem.train["confounded"])
-        for row, mask in self.masks.items():
-            painted = bool(self.verdicts[row] == 1)
-            samples[row] = replace(samples[row], masks=file, sha256=mask_sha256(mask), painted=painted)
-        named = {samples[row].id: mask for row, mask in self.masks.items()}
-        np.savez(self.problem.root / file, allow_pickle=False, **named)
-        return samples
+        return self.problem.with_masks(self.masks, file, np.flatnonzero(self.verdicts == 0).tolist())
 
 
 class Learner:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 TESTED = 400  # pictures of the test half
@@ -33,7 +33,7 @@ def _ring(inner: float) -> list[tuple[float, float]]:
 
 ARM = 0.35  # half the width of the cross's
 QUARTER = [(ARM, -1), (ARM, -ARM), (1, -ARM)]  # of its corners
-SHAPES: dict[str, list[tuple[float, float]]] = {
+SHAPES: dict[str, list[tuple[float, float]]] = {  # in the order of their names
     "cross": [
         *QUARTER,
         *((-y, x) for x, y in QUARTER),
@@ -91,9 +91,9 @@ def _clouds(size: tuple[int, int], generator: np.random.Generator) -> Float[np.n
 
 def shapes(
     size: tuple[int, int], train: int, seed: int
-) -> tuple[UInt8[np.ndarray, "n h w 3"], Bool[np.ndarray, "n h w"], list[str]]:
-    """`train` pictures and then `TESTED` more, their masks, and the name of each one's shape; these take turns."""
-    generator = np.random.default_rng([seed, 5])
-    names = [sorted(SHAPES)[number % len(SHAPES)] for number in range(train + TESTED)]
-    drawn = [draw(name, size, generator) for name in names]
-    return np.stack([image for image, _ in drawn]), np.stack([mask for _, mask in drawn]), names
+) -> tuple[UInt8[np.ndarray, "n h w 3"], Bool[np.ndarray, "n h w"], Int[np.ndarray, "n"]]:
+    """`train` pictures and then `TESTED` more, their masks, and each one's place in `SHAPES`; these take turns."""
+    generator, names = np.random.default_rng([seed, 5]), list(SHAPES)
+    labels = np.arange(train + TESTED) % len(names)
+    images, masks = zip(*(draw(names[label], size, generator) for label in labels), strict=True)
+    return np.stack(images), np.stack(masks), labels

@@ -30,8 +30,8 @@ from abn.stage import ROUND
 LOOKED_AT = 20_000  # samples at once
 GRADIENTS = 1 << 28  # numbers that `badge` compares at once, 1 GB; a sample has classes x size of the embedding
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
-# Verdicts. The others say nothing of the map, and what is evidence but for the map takes a key and no painting.
-PAINTED, MAP_WRONG, MAP_FINE = ("map_fixed",), ("map_fixed", "all_but_map"), ("map_ok",)
+# By verdict, 1: the map is wrong, 0: it is fine. The others say nothing of it.
+SAYS_WRONG = {"map_fixed": 1.0, "all_but_map": 1.0, "map_ok": 0.0}
 
 
 @dataclass(frozen=True)
@@ -385,19 +385,18 @@ def read_told(predictions: Answers | Shards, corrections: Mapping[str, Mapping[s
     """From the rows of data/corrections.csv by sample id. Minutes are the medians of what painting and confirming took,
     of the times that did not get lost."""
     names = predictions.samples.tolist()
-    verdict = [corrections[name]["verdict"] if name in corrections else "" for name in names]
-    said = {**dict.fromkeys(MAP_WRONG, 1.0), **dict.fromkeys(MAP_FINE, 0.0)}
+    verdicts = [corrections[name]["verdict"] if name in corrections else "" for name in names]
 
-    def median(verdicts: tuple[str, ...], guess: float) -> float:
-        times = [float(row["minutes"] or 0) for row in corrections.values() if row["verdict"] in verdicts]
+    def median(verdict: str, guess: float) -> float:
+        times = [float(row["minutes"] or 0) for row in corrections.values() if row["verdict"] == verdict]
         known = [time for time in times if time > 0]
         return float(np.median(known)) if known else guess
 
     return Told(
         np.array([name in corrections for name in names]),
-        np.array([said.get(one, np.nan) for one in verdict]),
-        median(PAINTED, MINUTES_TO_PAINT),
-        median(MAP_FINE, MINUTES_TO_CONFIRM),
+        np.array([SAYS_WRONG.get(one, np.nan) for one in verdicts]),
+        median("map_fixed", MINUTES_TO_PAINT),
+        median("map_ok", MINUTES_TO_CONFIRM),
     )
 
 

@@ -3,9 +3,10 @@
 Every strategy starts from the same network, trained without corrections where a confound tells some classes. In each
 round it spends a budget of minutes, and the network is trained anew with all that was said. Labelers are those of
 labeling/simulator.py without their faults: a map that agrees with the object (IoU 0.6) is called fine in 6 seconds,
-and becomes the mask; any other is painted in 25. The accuracy is of the test with the confound drawn at random, last
-epoch, the mean of the classes' recalls. `--confound none` asks whether a strategy costs
-anything where nothing misleads.
+and becomes the mask; any other is painted in 25. Where there is no object the whole picture is the evidence, which is
+said in 5 seconds, or all but the confound, which is painted. The accuracy is of the test with the confound drawn at
+random, last epoch, the mean of the classes' recalls. `--confound none` asks whether a strategy costs anything where
+nothing misleads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from abn.manifest import Sample
 from abn.model import load_model, resize_map
 from abn.predict import predict
 from abn.predictions import Predictions
-from abn.selection import STRATEGIES, SelectionConfig, Told, select
+from abn.selection import SAYS_WRONG, STRATEGIES, SelectionConfig, Told, select
 from abn.train import train
 from benchmarks.correction import (
     NOTHING,
@@ -47,15 +48,16 @@ from benchmarks.correction import (
 from labeling.simulator import GOOD_ENOUGH_IOU, SECONDS
 
 MINUTES = {verdict: seconds / 60 for verdict, seconds in SECONDS.items()}
+MINUTES["all_but_map"] = MINUTES["map_fixed"]  # what is no evidence is painted
 
 
 class Labelers:
-    """Who know the objects. `masks`, uint8 0 or 255, and `verdicts` by row of the training pictures grow from round
-    to round; `minutes` add up."""
+    """Who know the objects. Their `verdicts`, and the `masks`, uint8 0 or 255, that come with them grow from round to
+    round, by row of the training pictures; `minutes` add up."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.verdicts = np.full(len(problem.data), np.nan)  # 1 the map is wrong, 0 it is fine
+        self.verdicts: dict[int, str] = {}
         self.masks: dict[int, np.ndarray] = {}
         self.minutes = 0.0
 
@@ -64,18 +66,27 @@ class Labelers:
         for row in rows:
             shown = resize_map(torch.from_numpy(predictions.maps[row])[None, None], size)[0, 0].numpy() > 0.5
             known = self.problem.evidence(row)
-            fine = bool(iou(shown[None].astype(float), known[None].astype(float))[0] >= GOOD_ENOUGH_IOU)
-            self.verdicts[row] = float(not fine)
-            self.minutes += MINUTES["map_ok" if fine else "map_fixed"]
-            if (mask := shown if fine else known).any():
+            self.verdicts[row] = verdict = self._verdict(row, shown, known)
+            self.minutes += MINUTES[verdict]
+            if (mask := shown if verdict == "map_ok" else known).any():
                 self.masks[row] = levels(mask)
 
+    def _verdict(self, row: int, shown: np.ndarray, known: np.ndarray) -> str:
+        if not self.problem.data.masks[row].any():
+            return "whole_image" if known.all() else "all_but_map"
+        fine = iou(shown[None].astype(float), known[None].astype(float))[0] >= GOOD_ENOUGH_IOU
+        return "map_ok" if fine else "map_fixed"
+
     def told(self) -> Told:
-        return Told(np.isfinite(self.verdicts), self.verdicts, MINUTES["map_fixed"], MINUTES["map_ok"])
+        answered, wrong = np.zeros(len(self.problem.data), dtype=bool), np.full(len(self.problem.data), np.nan)
+        for row, verdict in self.verdicts.items():
+            answered[row], wrong[row] = True, SAYS_WRONG.get(verdict, np.nan)
+        return Told(answered, wrong, MINUTES["map_fixed"], MINUTES["map_ok"])
 
     def samples(self, file: str) -> list[Sample]:
         """The training samples with the masks so far, which are written to `file`."""
-        return self.problem.with_masks(self.masks, file, np.flatnonzero(self.verdicts == 0).tolist())
+        fine = [row for row, verdict in self.verdicts.items() if verdict == "map_ok"]
+        return self.problem.with_masks(self.masks, file, fine)
 
 
 class Learner:

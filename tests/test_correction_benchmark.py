@@ -189,6 +189,19 @@ def test_corrected_samples_carry_their_masks_and_absence_is_all_but_the_confound
         assert all(np.array_equal(labelers.masks[row], masks[samples[row].id]) for row in named)
 
 
+def test_no_map_is_fine_where_there_is_no_object(folder: Path, tmp_path: Path) -> None:
+    all_is_hot: Any = SimpleNamespace(maps=np.ones((16, 4, 4), np.float32))
+    for kind, verdict in (("patch", "all_but_map"), ("none", "whole_image")):
+        problem = Problem(tmp_path / kind, spec(folder, confound=kind), 0)
+        bare = np.flatnonzero(~problem.data.masks.any(axis=(1, 2))).tolist()
+        labelers = Labelers(problem)
+        labelers.answer(bare, all_is_hot)
+        assert set(labelers.verdicts.values()) == {verdict}
+        assert all(labelers.samples("masks.npz")[row].painted for row in bare)
+        says = labelers.told().verdicts[bare]
+        assert (says == 1).all() if kind == "patch" else np.isnan(says).all()
+
+
 def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

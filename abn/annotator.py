@@ -1,8 +1,8 @@
 """Masks for the pictures that nobody corrected, learned from the masks of those that people did.
 
 A small U-Net (Ronneberger et al., MICCAI 2015) is shown a picture and told its class, and draws what a person would
-mark. It knows nothing but the corrections, and is trained anew from them, in seconds, before each training of the
-network: what is told of a few pictures so reaches all of them.
+mark. It is trained anew, in seconds, before each training of the network: what is told of a few pictures so reaches
+all of them. It knows nothing but the corrections and, where the network begins with pretrained weights, what those see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from abn.context import binarised, in_another_context, overlap, with_surroundings
 from abn.data import DataConfig, Pictures, augment, in_order, still_marked
 from abn.manifest import MANY_MASKS
+from abn.pyramid import Pyramid
 
 # Each cycle of steps begins with the learning rate anew (SGDR, Loshchilov and Hutter, ICLR 2017), and only where the
 # one before did not teach enough: a digit is learned in the first, a scratch on a metal tile takes both.
@@ -32,22 +33,33 @@ FAIR = 0.7  # an overlap with masks of people from which on the drawn ones are u
 
 
 class Annotator(nn.Module):
-    """Picture and class -> logits of the mask, at the picture's size."""
+    """Picture and class -> logits of the mask, at the picture's size. What a pyramid sees of the picture is added where
+    the resolution is the same."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, pyramid: Pyramid | None = None) -> None:
         super().__init__()
         widths = [WIDTH << level for level in range(LEVELS + 1)]
         self.down = nn.ModuleList(_block(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.pyramid, steps = pyramid, pyramid.steps if pyramid else []
+        self.levels = [min(round(math.log2(stride)), LEVELS) for _, stride in steps]
+        self.join = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(1, channels), nn.Conv2d(channels, widths[level], 1, bias=False))
+            for level, (channels, _) in zip(self.levels, steps, strict=True)
+        )
         self.told = nn.Embedding(classes, widths[-1])
         nn.init.zeros_(self.told.weight)
         self.up = nn.ModuleList(_block(2 * o + o, o) for o in reversed(widths[:-1]))
         self.head = nn.Conv2d(WIDTH, 1, 1)
 
     def forward(self, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 1 h w"]:
+        seen = self.pyramid(images) if self.pyramid else []
         x = 4 * (images - 0.5)
         skipped: list[Tensor] = []
         for down in self.down:
             x = down(F.max_pool2d(x, 2, ceil_mode=True) if skipped else x)
+            for level, join, features in zip(self.levels, self.join, seen, strict=True):
+                if level == len(skipped):
+                    x = x + F.interpolate(join(features), size=x.shape[-2:], mode="bilinear", align_corners=False)
             skipped.append(x)
         x = x + self.told(labels)[:, :, None, None]
         for up, skip in zip(self.up, reversed(skipped[:-1]), strict=True):
@@ -71,13 +83,15 @@ def annotate(
     seed: int,
     device: torch.device,
     say: Callable[[str], None] = lambda text: None,
+    pyramid: Pyramid | None = None,
 ) -> tuple[dict[int, UInt8[Tensor, "1 i j"]], float]:
     """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust them, 0..1.
 
     Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
     with masks of people that the annotator was not shown, over `FAIR`; of fewer corrections than `MANY_MASKS` none can
     be spared, and it is the overlap with those that it was shown. Small masks are compared as they are used, with what
-    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come.
+    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come. `pyramid` is of the
+    network's pretrained weights, if it has any.
     """
     generator = torch.Generator().manual_seed(seed)
     # A shift counts the pictures' pixels; one of two is kept, since moving makes many examples of few.
@@ -88,7 +102,7 @@ def annotate(
         del taught[::HELD_OUT]
     examples = _examples(pictures, taught, device)
     people = _examples(pictures, judged, device)[2]
-    annotator = _begun(classes, examples[2], generator).to(device)
+    annotator = _begun(classes, pyramid, examples[2], generator).to(device)
     best, trust = annotator, 0.0
     for steps in CYCLES:
         say(f"learning to draw masks from those of {len(taught)} pictures, {steps} steps")
@@ -104,11 +118,13 @@ def annotate(
     return {index: mask for index, mask in found.items() if (mask > 127).any()}, trust
 
 
-def _begun(classes: int, masks: Float[Tensor, "n 1 h w"], generator: torch.Generator) -> Annotator:
+def _begun(
+    classes: int, pyramid: Pyramid | None, masks: Float[Tensor, "n 1 h w"], generator: torch.Generator
+) -> Annotator:
     """An annotator that begins with what is right on average."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
-        annotator = Annotator(classes)
+        annotator = Annotator(classes, pyramid)
     assert annotator.head.bias is not None
     nn.init.constant_(annotator.head.bias, torch.logit(masks.mean().clamp(0.01, 0.99)).item())
     return annotator

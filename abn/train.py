@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from abn import parallel
 from abn.annotator import annotate
+from abn.backbones import make_parts
 from abn.config import load_section
 from abn.context import (
     binarised,
@@ -49,6 +50,7 @@ from abn.files import replacing
 from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
+from abn.pyramid import Pyramid
 from abn.stage import CONTROL, ROUND, Stage
 
 
@@ -140,7 +142,9 @@ def train(
             say(f"the masks that people painted are {rim} pixels too wide; that rim is taken off")
     if in_context and settings.corrections.propagate_rate:
         pictures.drawn, pictures.trust = parallel.from_first(
-            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device, say)
+            lambda: annotate(
+                pictures, corrected, len(classes), settings.data, config.seed, device, say, _pyramid(settings.model)
+            )
         )
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
@@ -293,6 +297,13 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
     if progress < 0.1:
         return config.learning_rate * max(progress, 0.002) / 0.1
     return config.learning_rate * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+
+
+def _pyramid(config: ModelConfig) -> Pyramid | None:
+    """Of the pretrained weights, if there are any. A champion's may have learned what misleads."""
+    if config.weights == "none":
+        return None
+    return Pyramid(make_parts(config.backbone, config.weights, config.split, "light"))
 
 
 def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from abn.backbones import Parts
 
-SIDE = 64  # pixels of the picture that tells the resolutions
+SIDE = 64  # pixels of the picture by which the resolutions are told: of a smaller one the coarse ones are one pixel
 
 
 class Pyramid(nn.Module):
@@ -29,14 +29,21 @@ class Pyramid(nn.Module):
         self.register_buffer("mean", torch.tensor(parts.normal.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(parts.normal.std).view(3, 1, 1))
         self.eval().requires_grad_(False)
-        self.steps = [(features.shape[1], SIDE / features.shape[2]) for features in self(torch.zeros(1, 3, SIDE, SIDE))]
+        everything = self._features(torch.zeros(1, 3, SIDE, SIDE))
+        last = {len(features[0, 0]): number for number, features in enumerate(everything)}
+        self.kept = list(last.values())
+        self.steps = [(everything[number].shape[1], SIDE / side) for side, number in last.items()]
 
-    @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Of pictures in 0..1."""
-        features = (images - self.mean) / self.std
-        found: dict[torch.Size, Tensor] = {}
+        everything = self._features(images)
+        return [everything[number] for number in self.kept]
+
+    @torch.no_grad()
+    def _features(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """What each layer gives."""
+        features, found = (images - self.mean) / self.std, []
         for layer in self.layers:
             features = layer(features)
-            found[features.shape[-2:]] = features
-        return list(found.values())
+            found.append(features)
+        return found

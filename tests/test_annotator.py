@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from abn import annotator
 from abn.annotator import Annotator, annotate, mask_loss
+from abn.backbones import make_parts
 from abn.data import DataConfig, Pictures
 from abn.manifest import read_manifest, training_samples
+from abn.pyramid import Pyramid
 from tiny import SIZE, correct, make_workspace, square
 
 CPU = torch.device("cpu")
@@ -22,6 +25,11 @@ STILL = DataConfig((SIZE, SIZE), flip=False, shift=1)
 def pictures_of(root: Path, masks: dict[str, np.ndarray], size: tuple[int, int] = (SIZE, SIZE)) -> Pictures:
     correct(root, masks)
     return Pictures(root, training_samples(read_manifest(root)), ["dark", "light"], size)
+
+
+@pytest.fixture(scope="module")
+def pyramid() -> Pyramid:
+    return Pyramid(make_parts("efficientnet_lite0", "pretrained", attention="light"))
 
 
 @pytest.fixture
@@ -97,9 +105,22 @@ def test_pictures_annotated_small_are_moved_as_little(
 
 
 @pytest.mark.parametrize("size", [(8, 8), (17, 31), (64, 128)])
-def test_any_size_comes_back_at_its_size(size: tuple[int, int]) -> None:
-    logits = Annotator(3)(torch.rand(2, 3, *size), torch.tensor([0, 2]))
-    assert logits.shape == (2, 1, *size)
+def test_any_size_comes_back_at_its_size(size: tuple[int, int], pyramid: Pyramid) -> None:
+    for seen in (None, pyramid):
+        logits = Annotator(3, seen)(torch.rand(2, 3, *size), torch.tensor([0, 2]))
+        assert logits.shape == (2, 1, *size)
+
+
+def test_what_pretrained_weights_see_is_used_and_stays_as_it_is(root: Path, pyramid: Pyramid) -> None:
+    pictures = pictures_of(root, {f"train{i:02d}": square(i) for i in range(12)})
+    before = copy.deepcopy(pyramid.state_dict())
+    drawn, trust = annotate(pictures, range(12), 2, STILL, 0, CPU, pyramid=pyramid)
+    assert trust == 1.0 and set(drawn) == set(range(12, 20))
+    assert all(torch.equal(value, before[name]) for name, value in pyramid.state_dict().items())
+    learner, images, labels = Annotator(2, pyramid), torch.rand(1, 3, 32, 32), torch.tensor([1])
+    learner(images, labels).sum().backward()
+    weights = [weight for join in learner.join for weight in join.parameters()]
+    assert len(weights) == 3 * len(pyramid.steps) and all(weight.grad is not None for weight in weights)
 
 
 def test_the_loss_of_a_worked_example() -> None:

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from abn import train as training
+from abn.backbones import make_parts
 from abn.context import (
     binarised,
     in_light_of,
@@ -37,6 +38,7 @@ from abn.losses import l2_map_loss
 from abn.manifest import MANY_MASKS, read_manifest, training_samples, without_loose_masks
 from abn.model import ABN, ABNOutput, load_model
 from abn.predict import PredictConfig, predict
+from abn.pyramid import Pyramid
 from abn.stage import CONTROL, ROUND
 from abn.train import Objective, Settings, TrainConfig, choose_device, learning_rate, train
 from tiny import PROJECT, SIZE, Row, correct, make_workspace, square, tiny_settings, write_params, write_workspace
@@ -75,6 +77,28 @@ def run(
     for line in lines:
         assert line.pop("seconds") > 0
     return (output / "model.pt").read_bytes(), lines
+
+
+@pytest.mark.parametrize("weights", ["none", "pretrained"])
+def test_the_annotator_sees_what_pretrained_weights_do(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    pyramids: list[Pyramid | None] = []
+
+    def watched(*arguments: Any) -> tuple[dict[int, Tensor], float]:
+        pyramids.append(arguments[-1])
+        return {}, 0.0
+
+    monkeypatch.setattr(training, "annotate", watched)
+    correct(root, MASKS)
+    run(root, tiny_settings(model={"backbone": "efficientnet_lite0", "weights": weights}), tmp_path / "results")
+    (pyramid,) = pyramids
+    if weights == "none":
+        assert pyramid is None
+    else:
+        assert pyramid is not None
+        parts = make_parts("efficientnet_lite0", weights)
+        assert torch.equal(pyramid.layers[0][0].weight, parts.extractor[0][0].weight)  # type: ignore[index]
 
 
 # --- the same again

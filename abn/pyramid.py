@@ -1,7 +1,7 @@
 """What a pretrained network sees in pictures, from fine to coarse: much to go by where there are few examples.
 
-Lineage: skips of a pretrained encoder, as in TernausNet (Iglovikov and Shvets, 2018); here frozen, since a handful of
-masks would spoil it.
+Lineage: skips of a pretrained encoder, as in TernausNet (Iglovikov and Shvets, 2018); here frozen: there are few
+masks to learn from.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Pyramid(nn.Module):
         self.register_buffer("std", torch.tensor(parts.normal.std).view(3, 1, 1))
         self.eval().requires_grad_(False)
         everything = self._features(torch.zeros(1, 3, SIDE, SIDE))
-        last = {len(features[0, 0]): number for number, features in enumerate(everything)}
+        last = {features.shape[2]: number for number, features in enumerate(everything)}
         self.kept = list(last.values())
         self.steps = [(everything[number].shape[1], SIDE / side) for side, number in last.items()]
 

@@ -8,7 +8,7 @@ worth most are compared; neighbours are then looked for in a random part of the 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,17 @@ class Told:
     verdicts: Float[np.ndarray, "n"]  # 1 the map is wrong, 0 it is fine, NaN nothing was said of it
     minutes_to_paint: float = MINUTES_TO_PAINT
     minutes_to_confirm: float = MINUTES_TO_CONFIRM
+
+
+def told_by(
+    verdicts: Sequence[str | None],
+    minutes_to_paint: float = MINUTES_TO_PAINT,
+    minutes_to_confirm: float = MINUTES_TO_CONFIRM,
+) -> Told:
+    """From a verdict a row of the predictions, None where nobody answered."""
+    answered = np.array([verdict is not None for verdict in verdicts], dtype=bool)
+    wrong = np.array([SAYS_WRONG.get(verdict or "", np.nan) for verdict in verdicts], dtype=float)
+    return Told(answered, wrong, minutes_to_paint, minutes_to_confirm)
 
 
 @dataclass(frozen=True)
@@ -261,7 +272,7 @@ def select(
         raise ValueError(
             f"selection.budget is {config.budget} but the pool holds {len(candidates)} images; lower it in params.yaml"
         )
-    everyone = _Candidates(predictions, labels, candidates, told or _nothing_told(len(labels)), config.seed)
+    everyone = _Candidates(predictions, labels, candidates, told or told_by([None] * len(labels)), config.seed)
     share = 1.0 if config.strategy == "random" else config.random_share
     shuffled = np.random.default_rng(config.seed).permutation(len(everyone))
     random_pictures = round(share * config.budget)
@@ -354,10 +365,6 @@ def _fill(order: list[int], minutes: Float[np.ndarray, "n"], budget: float) -> l
     return order[: int((np.cumsum(minutes[order]) <= budget).sum())]
 
 
-def _nothing_told(count: int) -> Told:
-    return Told(np.zeros(count, dtype=bool), np.full(count, np.nan))
-
-
 def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> str:
     """The loudest of what speaks for asking about candidate `i`."""
     order = pool.table.probabilities[i].argsort()[::-1]
@@ -384,20 +391,14 @@ def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> 
 def read_told(predictions: Answers | Shards, corrections: Mapping[str, Mapping[str, str]]) -> Told:
     """From the rows of data/corrections.csv by sample id. Minutes are the medians of what painting and confirming took,
     of the times that did not get lost."""
-    names = predictions.samples.tolist()
-    verdicts = [corrections[name]["verdict"] if name in corrections else "" for name in names]
+    verdicts = [corrections[name]["verdict"] if name in corrections else None for name in predictions.samples.tolist()]
 
     def median(verdict: str, guess: float) -> float:
         times = [float(row["minutes"] or 0) for row in corrections.values() if row["verdict"] == verdict]
         known = [time for time in times if time > 0]
         return float(np.median(known)) if known else guess
 
-    return Told(
-        np.array([name in corrections for name in names]),
-        np.array([SAYS_WRONG.get(one, np.nan) for one in verdicts]),
-        median("map_fixed", MINUTES_TO_PAINT),
-        median("map_ok", MINUTES_TO_CONFIRM),
-    )
+    return told_by(verdicts, median("map_fixed", MINUTES_TO_PAINT), median("map_ok", MINUTES_TO_CONFIRM))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from abn.manifest import Sample
 from abn.model import load_model, resize_map
 from abn.predict import predict
 from abn.predictions import Predictions
-from abn.selection import SAYS_WRONG, STRATEGIES, SelectionConfig, Told, select
+from abn.selection import STRATEGIES, SelectionConfig, Told, select, told_by
 from abn.train import train
 from benchmarks.correction import (
     NOTHING,
@@ -78,10 +78,8 @@ class Labelers:
         return "map_ok" if fine else "map_fixed"
 
     def told(self) -> Told:
-        answered, wrong = np.zeros(len(self.problem.data), dtype=bool), np.full(len(self.problem.data), np.nan)
-        for row, verdict in self.verdicts.items():
-            answered[row], wrong[row] = True, SAYS_WRONG.get(verdict, np.nan)
-        return Told(answered, wrong, MINUTES["map_fixed"], MINUTES["map_ok"])
+        verdicts = [self.verdicts.get(row) for row in range(len(self.problem.data))]
+        return told_by(verdicts, MINUTES["map_fixed"], MINUTES["map_ok"])
 
     def samples(self, file: str) -> list[Sample]:
         """The training samples with the masks so far, which are written to `file`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,9 @@ def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[B
 
     def begin(worker: int) -> None:
         pictures.shards.close()  # with its parent it would share the place in an open file
+        # Threads do not live on in a fork, but what they want done at the exit does: Prefect's services, which run
+        # beside a flow, fail there, and the DataLoader takes that for a failure of its worker.
+        threading._threading_atexits.clear()  # type: ignore[attr-defined]
 
     workers = 0 if pictures.cached else min(4, os.cpu_count() or 1)
     return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=begin)

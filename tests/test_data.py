@@ -206,6 +206,21 @@ def test_worker_processes_read_masks_that_their_parent_has_begun_to_read(root: P
     assert all(torch.equal(batch.masks[0, 0], torch.from_numpy(square(i % 20))) for i, batch in enumerate(batches))
 
 
+def test_worker_processes_end_well_beside_the_services_of_a_flow(root: Path) -> None:
+    from prefect._internal.concurrency.services import QueueService
+
+    class Service(QueueService[int]):
+        """As those that send a flow's logs and events, but without a server to send to."""
+
+        async def _handle(self, item: int) -> None: ...
+
+    Service.instance()
+    pictures = Pictures(root, read_manifest(root), ["dark", "light"], (SIZE, SIZE))
+    pictures.cached = False
+    for _ in range(10):  # a worker's end is not always seen before it is no longer looked for
+        assert len(list(loader(pictures, [[i] for i in range(20)]))) == 20
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
 def test_every_kind_of_picture_is_read_as_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / f"picture.{'tiff' if mode == 'CMYK' else 'png'}"

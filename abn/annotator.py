@@ -50,6 +50,7 @@ class Annotator(nn.Module):
         nn.init.zeros_(self.told.weight)
         self.up = nn.ModuleList(_block(2 * o + o, o) for o in reversed(widths[:-1]))
         self.head = nn.Conv2d(WIDTH, 1, 1)
+        self.usual = nn.Embedding(classes, 1)
 
     def forward(self, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 1 h w"]:
         seen = self.pyramid(images) if self.pyramid else []
@@ -64,7 +65,7 @@ class Annotator(nn.Module):
         x = x + self.told(labels)[:, :, None, None]
         for up, skip in zip(self.up, reversed(skipped[:-1]), strict=True):
             x = up(torch.cat([F.interpolate(x, size=skip.shape[-2:]), skip], dim=1))
-        return self.head(x)
+        return self.head(x) + self.usual(labels)[:, :, None, None]
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -102,7 +103,7 @@ def annotate(
         del taught[::HELD_OUT]
     examples = _examples(pictures, taught, device)
     people = _examples(pictures, judged, device)[2]
-    annotator = _begun(classes, pyramid, examples[2], generator).to(device)
+    annotator = _begun(classes, pyramid, *examples[1:], generator).to(device)
     best, trust = annotator, 0.0
     for steps in CYCLES:
         say(f"learning to draw masks from those of {len(taught)} pictures, {steps} steps")
@@ -119,14 +120,24 @@ def annotate(
 
 
 def _begun(
-    classes: int, pyramid: Pyramid | None, masks: Float[Tensor, "n 1 h w"], generator: torch.Generator
+    classes: int,
+    pyramid: Pyramid | None,
+    labels: Int[Tensor, "n"],
+    masks: Float[Tensor, "n 1 h w"],
+    generator: torch.Generator,
 ) -> Annotator:
-    """An annotator that begins with what is right on average."""
+    """An annotator that begins with what is right on average in each class, or in all where a class has no mask. Else
+    of a class without an object, whose masks cover nearly all, it would have to be shown many to draw another one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
         annotator = Annotator(classes, pyramid)
     assert annotator.head.bias is not None
-    nn.init.constant_(annotator.head.bias, torch.logit(masks.mean().clamp(0.01, 0.99)).item())
+    nn.init.zeros_(annotator.head.bias)
+    shares = masks.mean(dim=(1, 2, 3)).cpu()
+    usual = shares.mean().repeat(classes)
+    for label in labels.unique().tolist():
+        usual[label] = shares[labels.cpu() == label].mean()
+    annotator.usual.weight.data = torch.logit(usual.clamp(0.01, 0.99))[:, None]
     return annotator
 
 

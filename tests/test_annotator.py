@@ -49,6 +49,19 @@ def test_masks_of_a_few_pictures_become_masks_of_the_rest(root: Path) -> None:
     assert trust == 1.0
 
 
+def test_a_class_is_marked_from_the_first_step_on_as_much_as_it_usually_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no object nearly all is marked, and one mask is to tell that."""
+    monkeypatch.setattr(annotator, "CYCLES", (1,))
+    samples = training_samples(read_manifest(root))
+    dark, light = ([i for i, sample in enumerate(samples) if sample.label == label] for label in ("dark", "light"))
+    masks = {samples[i].id: square(i) for i in dark[:3]} | {samples[light[0]].id: np.full((SIZE, SIZE), 255, np.uint8)}
+    drawn, _ = annotate(pictures_of(root, masks), [*dark[:3], light[0]], 2, STILL, 0, CPU)
+    assert set(drawn) == set(light[1:]), "squares are not found yet"
+    assert np.mean([(mask > 127).float().mean() for mask in drawn.values()]) > 0.9
+
+
 def test_masks_without_any_sense_are_hardly_trusted(root: Path) -> None:
     generator, masks = np.random.default_rng(0), {}
     for number in range(12):

@@ -90,6 +90,7 @@ class Pool:
     table: Answers
     labels: Int[np.ndarray, "n"]  # -1 unknown
     answered: Float[np.ndarray, "a d"]  # directions of the samples that people have answered
+    answered_as: Int[np.ndarray, "a"]  # what the network answers for them
     doubt: Doubt
     early: Float[np.ndarray, "m"]  # early confidence of the candidates, or of a random part of them
     told: Told
@@ -225,17 +226,19 @@ def _spread(worth: Float[np.ndarray, "n"], pool: Pool, count: int) -> Float[np.n
 
     d is the distance to the nearest that is answered or was chosen before it, s the tenth percentile of the pool's
     distances to the nearest neighbour, so that only what lies unusually close counts as the same again. m is how many
-    with the same answer were chosen before it, e the even share of a class: where all classes are alike they take
-    turns, and the one that is much worse can still get most of the batch.
+    with the same answer were answered or chosen before it, e a class's even share of these and of the batch: where all
+    classes are alike they take turns, from batch to batch too, and the one that is much worse can still get most.
     """
     if len(worth) < 2:
         return worth
     nearest = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(pool.where).kneighbors(pool.where)[0][:, 1]
     scale = max(float(np.quantile(nearest, 0.1)), 1e-6)
     answers = pool.table.probabilities.argmax(axis=1)
-    even_share = count / pool.table.probabilities.shape[1]
+    classes = pool.table.probabilities.shape[1]
+    even_share = (len(pool.answered) + count) / classes
     distance = _nearest(pool.where, pool.answered) if len(pool.answered) else np.full(len(worth), 2.0)
-    alike, open_, score = np.zeros(len(worth)), np.ones(len(worth), dtype=bool), worth
+    alike = np.bincount(pool.answered_as, minlength=classes)[answers]
+    open_, score = np.ones(len(worth), dtype=bool), worth
     for _ in range(count):
         novelty = (1 - np.exp(-((distance / scale) ** 2) / 2)) / (1 + alike / (4 * even_share))
         score = np.where(open_, worth * novelty, score)
@@ -332,7 +335,7 @@ class _Candidates:
         reference, people, verdicts = table[seen], table[answered], told.verdicts[answered]
         on_maps = np.flatnonzero(np.isfinite(verdicts))
         self.doubt = Doubt(reference, people[on_maps], verdicts[on_maps])
-        self.answered = self.doubt.directions(people)
+        self.answered, self.answered_as = self.doubt.directions(people), people.probabilities.argmax(axis=1)
         self.early = reference.early_confidence[asked[seen]]
 
     def __len__(self) -> int:
@@ -341,7 +344,7 @@ class _Candidates:
     def __getitem__(self, chosen: Int[np.ndarray, "m"]) -> Pool:
         rows = self.rows[chosen]
         table, labels = self.table[rows], self.labels[rows]
-        return Pool(table, labels, self.answered, self.doubt, self.early, self.told, self.seed)
+        return Pool(table, labels, self.answered, self.answered_as, self.doubt, self.early, self.told, self.seed)
 
     def comparable(self, strategy: str) -> int:
         """How many may be compared with each other."""

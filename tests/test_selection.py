@@ -167,6 +167,20 @@ def test_benefit_lets_classes_take_turns_where_they_are_alike() -> None:
     assert 4 <= sum(int(name[1:]) >= 20 for name in names(picks)) <= 6
 
 
+def test_benefit_turns_to_the_class_that_was_asked_about_less() -> None:
+    """Ten dogs are answered: most of the batch are cats. Where nobody was, or ten of either, half are."""
+    where = np.random.default_rng(0).standard_normal((80, 8))
+    predictions = answers([[0.05, 0.95]] * 40 + [[0.95, 0.05]] * 40, embeddings=where)
+
+    def cats(answered: list[int]) -> int:
+        told = Told(np.isin(np.arange(80), answered), np.full(80, np.nan))
+        picks = choose(predictions, [0] * 40 + [1] * 40, config(budget=8), told)
+        return sum(int(name[1:]) >= 40 for name in names(picks))
+
+    assert cats([]) == cats([*range(10), *range(40, 50)]) == 4
+    assert cats([*range(10)]) >= 6
+
+
 def test_benefit_stays_with_the_class_that_is_much_worse() -> None:
     where = np.random.default_rng(0).standard_normal((40, 8))
     predictions = answers([[0.05, 0.95]] * 20 + [[0.99, 0.01]] * 20, embeddings=where)

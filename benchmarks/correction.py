@@ -50,19 +50,21 @@ class Spec:
     faults: str  # of the masks: none or hasty
 
 
-# What an arm changes in params.yaml. An empty mapping is what the project ships.
-MAP_ALONE = {"corrections.context_rate": 0.0, "corrections.propagate_rate": 0.0}
+# What an arm changes in params.yaml. An empty mapping is what the project ships. Where masks teach nothing of the other
+# pictures, those that have one are shown often.
+OFTEN = {"corrections.share": 0.25}
+MAP_ALONE = {**OFTEN, "corrections.context_rate": 0.0, "corrections.propagate_rate": 0.0}
 NOTHING = {"corrections.recipe": "none"}
 ARMS: dict[str, dict[str, Any]] = {
     "control": NOTHING,
-    "paper": {"corrections.recipe": "paper", "corrections.map_loss": "l2", "train.start": "champion"},
+    "paper": {**OFTEN, "corrections.recipe": "paper", "corrections.map_loss": "l2", "train.start": "champion"},
     "l2": {**MAP_ALONE, "corrections.map_loss": "l2"},
     "l1": {**MAP_ALONE, "corrections.map_loss": "l1"},
     "bce": {**MAP_ALONE, "corrections.map_loss": "bce"},
     "energy": {**MAP_ALONE, "corrections.map_loss": "energy"},
     "suppress": {**MAP_ALONE, "corrections.map_loss": "suppress"},
     "rrr": {**MAP_ALONE, "corrections.map_loss": "rrr"},
-    "context": {"corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
+    "context": {**OFTEN, "corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
     "default": {},
     "upper": NOTHING,  # and trained without the confound
     "upper_random": NOTHING,  # and trained with the confound at random: it has seen what it is tested on

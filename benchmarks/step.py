@@ -87,7 +87,7 @@ def ratios(steps: dict[str, Step], turns: int) -> dict[str, float]:
 
 
 def _step(settings: Settings, count: int, mask: UInt8[np.ndarray, "H W"]) -> Step:
-    painted = round(settings.corrections.share * count) if mask.any() else 0
+    painted = count // 4 if mask.any() else 0
     with tempfile.TemporaryDirectory() as folder:
         pictures = _pictures(Path(folder), mask, count, painted)
         if painted:

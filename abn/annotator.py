@@ -133,10 +133,10 @@ def _begun(
         annotator = Annotator(classes, pyramid)
     assert annotator.head.bias is not None
     nn.init.zeros_(annotator.head.bias)
-    shares = masks.mean(dim=(1, 2, 3)).cpu()
+    shares, labels = masks.mean(dim=(1, 2, 3)).cpu(), labels.cpu()
     usual = shares.mean().repeat(classes)
-    for label in labels.unique().tolist():
-        usual[label] = shares[labels.cpu() == label].mean()
+    for label in labels.unique():
+        usual[label] = shares[labels == label].mean()
     annotator.usual.weight.data = torch.logit(usual.clamp(0.01, 0.99))[:, None]
     return annotator
 

@@ -1,8 +1,8 @@
 """What corrections cost a training step: `python -m benchmarks.step --json FILE`.
 
-For each network the settings of params.yaml: on a batch without any mask, and on batches with as many masks of people
-as training puts there and drawn ones of all other pictures, once of half of each picture and once of a spot, which is
-shown with its surroundings. Figures are ratios to the same step with `corrections.recipe: none`, within one run. Arms
+For each network the settings of params.yaml: on a batch without any mask, and on batches with masks of people on a
+quarter of the pictures and drawn ones on all others, once of half of each picture and once of a spot, which is shown
+with its surroundings. Figures are ratios to the same step with `corrections.recipe: none`, within one run. Arms
 take turns and the median turn counts, in seconds of this process alone, on one thread: other work weighs little.
 """
 

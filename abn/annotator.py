@@ -85,14 +85,18 @@ def annotate(
     device: torch.device,
     say: Callable[[str], None] = lambda text: None,
     pyramid: Pyramid | None = None,
-) -> tuple[dict[int, UInt8[Tensor, "1 i j"]], float]:
-    """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust them, 0..1.
+) -> tuple[dict[int, UInt8[Tensor, "1 i j"]], dict[int, float]]:
+    """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust each, 0..1.
 
     Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
     with masks of people that the annotator was not shown, over `FAIR`; of fewer corrections than `MANY_MASKS` none can
     be spared, and it is the overlap with those that it was shown. Small masks are compared as they are used, with what
-    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come. `pyramid` is of the
-    network's pretrained weights, if it has any.
+    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come.
+
+    `pyramid` is of the network's pretrained weights, if it has any. With it, and where pictures may be mirrored, a mask
+    is the mean of the picture's and of its mirror image's, and where these overlap by less than `FAIR` it is not
+    trusted at all: there `find_shortcuts` helps. A picture that is marked nearly whole is trusted as the others are on
+    average: a class that is always shown in part, where others are seen whole, would be known by that.
     """
     generator = torch.Generator().manual_seed(seed)
     # A shift counts the pictures' pixels; one of two is kept, since moving makes many examples of few.
@@ -101,13 +105,13 @@ def annotate(
     if len(corrected) >= MANY_MASKS:
         judged = taught[::HELD_OUT]
         del taught[::HELD_OUT]
-    examples = _examples(pictures, taught, device)
-    people = _examples(pictures, judged, device)[2]
-    annotator = _begun(classes, pyramid, *examples[1:], generator).to(device)
+    shown = examples(pictures, taught, device)
+    people = examples(pictures, judged, device)[2]
+    annotator = _begun(classes, pyramid, *shown[1:], generator).to(device)
     best, trust = annotator, 0.0
     for steps in CYCLES:
         say(f"learning to draw masks from those of {len(taught)} pictures, {steps} steps")
-        _train(annotator, steps, *examples, config, generator)
+        _train(annotator, steps, *shown, config, generator)
         reached = _trust(_masks(annotator, pictures, judged, device), people)
         say(f"the masks drawn can be trusted by {reached:.2f}")
         if reached >= trust:  # careless masks are learned by heart when there is time
@@ -116,7 +120,25 @@ def annotate(
             break
     rest = sorted(set(range(len(pictures))) - set(corrected))
     found = _masks(best, pictures, rest, device)
-    return {index: mask for index, mask in found.items() if (mask > 127).any()}, trust
+    sure = dict.fromkeys(found, 1.0)
+    if pyramid and config.flip and found:
+        found, sure = _twice(found, _masks(best, pictures, rest, device, mirrored=True))
+    drawn = {index: mask for index, mask in found.items() if (mask > 127).any()}
+    return drawn, {index: trust * sure[index] for index in drawn}
+
+
+def _twice(
+    found: dict[int, UInt8[Tensor, "1 h w"]], mirrored: dict[int, UInt8[Tensor, "1 h w"]]
+) -> tuple[dict[int, UInt8[Tensor, "1 h w"]], dict[int, float]]:
+    """The means of the masks of pictures and of their mirror images, and how sure those are, by how they overlap."""
+    first, second = (torch.stack([masks[index] for index in found]).float() / 255 for masks in (found, mirrored))
+    sure = (overlap(*(with_surroundings(binarised(masks)) for masks in (first, second))) >= FAIR).float()
+    means = (first + second) / 2
+    whole = means.mean(dim=(1, 2, 3)) > 0.5
+    if not whole.all():
+        sure[whole] = sure[~whole].mean()
+    masks = (255 * means).round().to(torch.uint8)
+    return dict(zip(found, masks, strict=True)), dict(zip(found, sure.tolist(), strict=True))
 
 
 def _begun(
@@ -162,7 +184,7 @@ def _train(
         moved = torch.rand(BATCH_SIZE, generator=generator).to(images.device) < 0.5
         moved &= hard.flatten(1).any(dim=1)  # what was marked may have moved out of the picture
         shown = torch.where(moved.view(-1, 1, 1, 1), elsewhere, shown)
-        logits = annotator(_in_other_light(shown, generator), labels[rows])
+        logits = annotator(in_other_light(shown, generator), labels[rows])
         optimizer.zero_grad(set_to_none=True)
         mask_loss(logits, wanted).backward()
         optimizer.step()
@@ -172,7 +194,7 @@ def _trust(drawn: dict[int, UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 
     """How far to trust masks as `drawn`, 0..1, by those that people drew of the same pictures, in the same order."""
     found = torch.stack(list(drawn.values())).to(people.device) / 255
     both = (with_surroundings(binarised(masks)) for masks in (found, people))
-    return min(1.0, overlap(*both).item() / FAIR)
+    return min(1.0, overlap(*both).mean().item() / FAIR)
 
 
 def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
@@ -187,18 +209,19 @@ def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"])
 
 @torch.no_grad()
 def _masks(
-    annotator: Annotator, pictures: Pictures, rows: Sequence[int], device: torch.device
+    annotator: Annotator, pictures: Pictures, rows: Sequence[int], device: torch.device, mirrored: bool = False
 ) -> dict[int, UInt8[Tensor, "1 h w"]]:
+    """What it draws in pictures or, for the same places, in their mirror images."""
     found: dict[int, Tensor] = {}
     for batch in in_order(len(rows), AT_ONCE):
         part = [rows[i] for i in batch]
-        images, labels, _ = _examples(pictures, part, device)
-        drawn = (255 * annotator(images, labels).sigmoid()).round().to(torch.uint8).cpu()
-        found |= dict(zip(part, drawn, strict=True))
+        images, labels, _ = examples(pictures, part, device)
+        drawn = annotator(images.flip(-1), labels).flip(-1) if mirrored else annotator(images, labels)
+        found |= dict(zip(part, (255 * drawn.sigmoid()).round().to(torch.uint8).cpu(), strict=True))
     return found
 
 
-def _examples(
+def examples(
     pictures: Pictures, rows: Sequence[int], device: torch.device
 ) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b"], Float[Tensor, "b 1 h w"]]:
     """Pictures, labels and masks at the size that the annotator sees."""
@@ -222,7 +245,7 @@ def _scale(size: Sequence[int]) -> float:
     return min(1.0, LARGEST / max(size))
 
 
-def _in_other_light(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+def in_other_light(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
     """Contrast by up to a fifth and brightness by up to 0.15, each channel on its own."""
     gain, offset = torch.rand(2, len(images), 3, 1, 1, generator=generator).to(images.device) - 0.5
     return ((images - 0.5) * (1 + 0.4 * gain) + 0.5 + 0.3 * offset).clamp(0, 1)

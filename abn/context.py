@@ -87,11 +87,11 @@ def with_surroundings(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w
         left = left & is_small(wide).view(-1)
         if not left.any():
             break
-        wide[left] = _grown(wide[left])
+        wide[left] = grown(wide[left])
     return wide.to(masks.dtype)
 
 
-def _grown(marked: Bool[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 h w"]:
+def grown(marked: Bool[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 h w"]:
     """By a pixel to all eight sides."""
     tall = marked.clone()
     tall[..., 1:, :] |= marked[..., :-1, :]
@@ -140,12 +140,10 @@ def in_pieces(
     return torch.where(cut, marked * marked[chosen], marked), torch.where(cut, pieces, keep)
 
 
-def overlap(first: Float[Tensor, "b 1 h w"], second: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
-    """Mean intersection over union of two sets of masks, each 0 or 1 per pixel; 0 where there are none."""
-    if not len(first):
-        return first.new_zeros(())
+def overlap(first: Float[Tensor, "b 1 h w"], second: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b"]:
+    """Intersection over union of masks, each 0 or 1 per pixel; 0 where both are empty."""
     either = torch.maximum(first, second).sum(dim=(1, 2, 3))
-    return ((first * second).sum(dim=(1, 2, 3)) / either.clamp(min=1)).mean()
+    return (first * second).sum(dim=(1, 2, 3)) / either.clamp(min=1)
 
 
 def binarised(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     painted: Bool[Tensor, "b"]  # a person made it: it is not a map of the network that a person called fine
     weights: Float[Tensor, "b"]  # 0..1, of the mask in the loss of the map: how far those who gave it agree
     trust: Float[Tensor, "b"]  # 0..1: 1 for a person's mask, less for one that the annotator drew, 0 without any
+    shortcuts: UInt8[Tensor, "b 1 h w"]  # 255 where something misleads, as far as that is known
     indices: Int[Tensor, "b"]  # into the samples
 
 
@@ -90,8 +91,9 @@ class Pictures(Dataset[Batch]):
         numbers = {name: number for number, name in enumerate(classes)}
         self.labels = torch.tensor([numbers.get(sample.label, -1) for sample in self.samples])
         self.shards = MaskShards(root)
-        self.drawn: dict[int, Tensor] = {}  # masks of the annotator where no person gave one, and how far to trust them
-        self.trust = 0.0
+        self.drawn: dict[int, Tensor] = {}  # masks of the annotator where no person gave one, and how far to trust each
+        self.trust: dict[int, float] = {}
+        self.shortcuts: dict[int, Tensor] = {}  # where something misleads, in pictures that nobody corrected
         self.cached = len(self.samples) * 3 * size[0] * size[1] <= CACHE_BYTES
         self._images: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}
@@ -103,7 +105,7 @@ class Pictures(Dataset[Batch]):
         people = [self._mask(index) for index in indices]
         masks = [self._drawn_mask(i) if mask is None else mask for i, mask in zip(indices, people, strict=True)]
         given = torch.tensor([mask is not None for mask in people])
-        drawn = torch.tensor([index in self.drawn for index in indices])
+        trust = torch.tensor([self.trust.get(index, 0.0) for index in indices])
         samples, chosen = [self.samples[index] for index in indices], torch.tensor(indices)
         return Batch(
             torch.stack([self._image(index) for index in indices]),
@@ -112,7 +114,8 @@ class Pictures(Dataset[Batch]):
             given,
             torch.tensor([sample.painted for sample in samples]),
             torch.tensor([sample.weight for sample in samples]),
-            torch.where(given, 1.0, drawn * self.trust),
+            torch.where(given, 1.0, trust),
+            torch.stack([self._shortcut(index) for index in indices]),
             chosen,
         )
 
@@ -159,6 +162,11 @@ class Pictures(Dataset[Batch]):
         large = F.interpolate(mask[None].float() / 255, size=self.size, mode="bilinear", align_corners=False)
         return _bytes(still_marked(large))[0]
 
+    def _shortcut(self, index: int) -> Tensor:
+        if index not in self.shortcuts:
+            return torch.zeros((1, *self.size), dtype=torch.uint8)
+        return F.interpolate(self.shortcuts[index][None], size=self.size)[0]
+
 
 def _bytes(masks: Float[Tensor, "b 1 h w"]) -> UInt8[Tensor, "b 1 h w"]:
     return (255 * masks).round().to(torch.uint8)
@@ -202,11 +210,11 @@ def epoch_batches(
 
 def augment(
     images: Float[Tensor, "b 3 h w"],
-    masks: Float[Tensor, "b 1 h w"],
+    masks: Float[Tensor, "b m h w"],
     config: DataConfig,
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]:
-    """Mirrors and moves each picture at random, and its mask with it: the mask travels as a fourth channel of the
+) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b m h w"]]:
+    """Mirrors and moves each picture at random, and its masks with it: they travel as further channels of the
     picture, so that no transform can part them. What moves in from outside repeats the edge. Whole pixels only."""
     count, _, height, width = images.shape
     both = torch.cat([images, masks], dim=1)
@@ -220,6 +228,6 @@ def augment(
         rows = (tops[:, None] + torch.arange(height, device=both.device))[:, None, :, None]
         columns = (lefts[:, None] + torch.arange(width, device=both.device))[:, None, None, :]
         picture = torch.arange(count, device=both.device).view(-1, 1, 1, 1)
-        channel = torch.arange(4, device=both.device).view(1, -1, 1, 1)
+        channel = torch.arange(both.shape[1], device=both.device).view(1, -1, 1, 1)
         both = both[picture, channel, rows, columns]
     return both[:, :3], both[:, 3:]

@@ -51,6 +51,7 @@ from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.pyramid import Pyramid
+from abn.shortcut import find_shortcuts
 from abn.stage import CONTROL, ROUND, Stage
 
 
@@ -141,11 +142,14 @@ def train(
         if rim and parallel.is_first():
             say(f"the masks that people painted are {rim} pixels too wide; that rim is taken off")
     if in_context and settings.corrections.propagate_rate:
+        pyramid = _pyramid(settings.model)
         pictures.drawn, pictures.trust = parallel.from_first(
-            lambda: annotate(
-                pictures, corrected, len(classes), settings.data, config.seed, device, say, _pyramid(settings.model)
-            )
+            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device, say, pyramid)
         )
+        if pyramid:
+            pictures.shortcuts = parallel.from_first(
+                lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, pyramid, say)
+            )
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)
@@ -185,7 +189,8 @@ def train(
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         seconds = time.perf_counter() - began
         line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
-        line |= {"propagated": len(pictures.drawn), "trust": pictures.trust, "rim": rim}
+        trust = sum(pictures.trust.values()) / max(1, len(pictures) - len(corrected))
+        line |= {"propagated": len(pictures.drawn), "trust": trust, "misled": len(pictures.shortcuts), "rim": rim}
         if parallel.is_first():
             history.add(line)
             on_epoch(line)
@@ -205,16 +210,17 @@ class Objective:
         """The loss to descend, and its parts as numbers."""
         config = self.settings.corrections
         labels = batch.labels.to(self.device)
-        images, masks = augment(
+        images, both = augment(
             batch.images.to(self.device).float() / 255,
-            batch.masks.to(self.device).float() / 255,
+            torch.cat([batch.masks, batch.shortcuts], dim=1).to(self.device).float() / 255,
             self.settings.data,
             generator,
         )
+        masks, shortcuts = both.split(1, dim=1)
         masked = batch.has_mask.to(self.device) & (config.recipe != "none")
         taught = masked & batch.painted.to(self.device)  # a map that was called fine need not become an older model's
         if self.corrected and config.recipe == "context":
-            images = self._in_other_contexts(images, masks, masked, batch.trust.to(self.device), generator)
+            images = self._in_other_contexts(images, masks, shortcuts, masked, batch.trust.to(self.device), generator)
         gradients = config.map_loss == "rrr" and bool(taught.any())
         if gradients:
             images.requires_grad_()
@@ -237,10 +243,16 @@ class Objective:
         return loss, {"loss": loss.item(), **parts}
 
     def _in_other_contexts(
-        self, images: Tensor, masks: Tensor, given: Tensor, trust: Tensor, generator: torch.Generator
+        self,
+        images: Tensor,
+        masks: Tensor,
+        shortcuts: Tensor,
+        given: Tensor,
+        trust: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Corrected pictures with everything outside their mask replaced, and so those that the annotator drew a mask
-        for, the more often the further it is trusted."""
+        for, the more often the further it is trusted; where it is not, what misleads is replaced and all else stays."""
         config = self.settings.corrections
         rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
         marked = binarised(masks)
@@ -249,11 +261,15 @@ class Objective:
         marked, keep = in_pieces(marked, keep, generator)
         # What is small is kept with its surroundings: were they seen to end, as a box, boxes would be learned.
         small = is_small(marked)
-        contexts = torch.where(small, in_light_of(images, keep - marked, contexts), contexts)
+        alike = torch.where(small, in_light_of(images, keep - marked, contexts), contexts)
         keep = torch.where(small, with_soft_rim(marked, keep), with_holes(keep, config.holes, generator))
-        replaced = replace_context(images, keep, contexts)
+        replaced = replace_context(images, keep, alike)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         chosen &= keep.flatten(1).any(dim=1)  # where all that was marked moved out of the picture no evidence is left
+        if shortcuts.any():
+            misled = (~given & shortcuts.flatten(1).any(dim=1)).view(-1, 1, 1, 1)
+            clear = with_holes(1 - binarised(shortcuts), config.holes, generator)
+            images = torch.where(misled, replace_context(images, clear, contexts), images)
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 
 

@@ -92,7 +92,8 @@ def _step(settings: Settings, count: int, mask: UInt8[np.ndarray, "H W"]) -> Ste
         pictures = _pictures(Path(folder), mask, count, painted)
         if painted:
             drawn = torch.from_numpy(mask)[None]
-            pictures.drawn, pictures.trust = dict.fromkeys(range(painted, count), drawn), 1.0
+            rest = range(painted, count)
+            pictures.drawn, pictures.trust = dict.fromkeys(rest, drawn), dict.fromkeys(rest, 1.0)
         batch = pictures[list(range(count))]
     torch.manual_seed(0)
     network = ABN(settings.model, len(CLASSES)).to(memory_format=torch.channels_last).train()

@@ -1,4 +1,4 @@
-"""What several test files share: a real Label Studio for the session."""
+"""What several test files share: a real Label Studio for the session, and what pretrained weights see."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from abn.backbones import make_parts
+from abn.pyramid import Pyramid
 from labeling.studio import DEFAULT_COMMAND, prepare_data_dir, studio_command
 
 COMMAND = Path(__file__).parent.parent / DEFAULT_COMMAND
@@ -78,6 +80,11 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, se
             pass
         time.sleep(0.1)
     raise AssertionError(f"Label Studio is not healthy after {seconds} s:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def pyramid() -> Pyramid:
+    return Pyramid(make_parts("efficientnet_lite0", "pretrained", attention="light"))
 
 
 @pytest.fixture

@@ -85,9 +85,9 @@ def test_the_annotator_sees_what_pretrained_weights_do(
 ) -> None:
     pyramids: list[Pyramid | None] = []
 
-    def watched(*arguments: Any) -> tuple[dict[int, Tensor], float]:
+    def watched(*arguments: Any) -> tuple[dict[int, Tensor], dict[int, float]]:
         pyramids.append(arguments[-1])
-        return {}, 0.0
+        return {}, {}
 
     monkeypatch.setattr(training, "annotate", watched)
     correct(root, MASKS)
@@ -415,7 +415,8 @@ def test_what_the_annotator_drew_is_used_as_far_as_it_is_trusted(root: Path) -> 
     pictures.drawn, kept = dict.fromkeys(range(13, 20), drawn), drawn[0] > 0
     compute, network = objective(still(context_rate=0.0, propagate_rate=1.0))
     shares = []
-    for pictures.trust in (0.0, 0.5, 1.0):
+    for trust in (0.0, 0.5, 1.0):
+        pictures.trust = dict.fromkeys(range(13, 20), trust)
         batch = pictures[[0, 12, *range(13, 20)] + [*range(13, 20)] * 9]
         compute(batch, generator())
         original = batch.images.float() / 255
@@ -424,6 +425,25 @@ def test_what_the_annotator_drew_is_used_as_far_as_it_is_trusted(root: Path) -> 
         changed = (network.seen[2:] != original[2:])[:, :, ~kept].float().mean(dim=(1, 2)) > 0.9
         shares.append(changed.float().mean().item())
     assert shares[0] == 0 and 0.3 < shares[1] < 0.6 and shares[2] > 0.8  # a context may be the same picture
+
+
+def test_where_no_mask_is_trusted_what_misleads_is_replaced_and_all_else_stays(root: Path) -> None:
+    correct(root, MASKS)
+    pictures = pictures_of(root)
+    stamp = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+    stamp[:, :5, :5] = 255
+    pictures.shortcuts, hidden = dict.fromkeys(range(12, 19), stamp), stamp[0] > 0
+    compute, network = objective(still(context_rate=0.0, holes=0.0))
+    batch = pictures[[0, 19, *range(12, 19)] * 4]
+    compute(batch, generator())
+    original, misled = batch.images.float() / 255, (batch.shortcuts > 0).flatten(1).any(dim=1)
+    assert misled.sum() == 28 and torch.equal(network.seen[~misled], original[~misled])
+    assert torch.equal(network.seen[misled][:, :, ~hidden], original[misled][:, :, ~hidden])
+    changed = (network.seen != original)[misled][:, :, hidden].float().mean(dim=(1, 2)) > 0.9
+    assert changed.float().mean() > 0.8  # a context may be the same picture
+    compute, network = objective(still(context_rate=0.0, recipe="paper"))
+    compute(batch, generator())
+    assert torch.equal(network.seen, original)
 
 
 def test_a_context_brings_its_surroundings_and_not_its_object() -> None:
@@ -597,11 +617,11 @@ def test_masks_move_the_decision_and_not_only_the_map(tmp_path: Path) -> None:
     assert taught["context_reliance"] < control["context_reliance"] - 0.25
 
 
-def test_overlap_is_the_mean_of_intersection_over_union() -> None:
+def test_overlap_is_intersection_over_union() -> None:
     half, whole, none = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     half[..., 0] = 1
-    assert overlap(torch.cat([half, whole, half]), torch.cat([half, half, none])).item() == pytest.approx(1.5 / 3)
-    assert overlap(none[:0], none[:0]).item() == 0
+    first, second = torch.cat([half, whole, half, none]), torch.cat([half, half, none, none])
+    assert overlap(first, second).tolist() == [1, 0.5, 0, 0]
 
 
 def test_a_map_that_was_called_fine_is_a_mask_but_no_lesson(root: Path) -> None:

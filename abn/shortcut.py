@@ -1,0 +1,143 @@
+"""What misleads: what lies outside of the masks of people, and yet tells the class.
+
+A mask says what is evidence, and so what is not. A small network that sees one place of a picture at a time is asked
+for the class where people marked nothing. Where it knows, something tells that ought not to: a stamp, a rim, a texture.
+Hiding that leaves the evidence in a picture whose mask nobody drew and the annotator doubts.
+
+Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 2019), here of what was left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from abn.annotator import AT_ONCE, examples, in_other_light
+from abn.context import binarised, grown, with_surroundings
+from abn.data import Pictures, in_order
+from abn.pyramid import Pyramid
+
+STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
+SURE = 0.9  # of the picture's own class, from which on a place misleads
+FEW = 3  # corrected pictures of a class, that chance does not tell it
+ENOUGH, LIGHTS = 200, 4  # pictures to learn from at most, and in how many lights each
+FINE = 4  # pixels to one of the features: coarser ones see the object from beside it
+MARGIN = 6  # pixels around what is marked of which nothing is learned: so far they see
+UNTOLD = -100  # of such places
+
+
+def find_shortcuts(
+    pictures: Pictures,
+    corrected: Sequence[int],
+    classes: int,
+    seed: int,
+    device: torch.device,
+    pyramid: Pyramid,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[int, UInt8[Tensor, "1 i j"]]:
+    """Where something misleads, 255, else 0, in each of the pictures that are not `corrected` (indices of those that
+    are) in which anything does, at half the size at which they are annotated.
+
+    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. `pyramid`
+    is of the network's pretrained weights. Only classes of which at least `FEW` pictures are corrected take part, and
+    with fewer than two of them nothing is found: to tell a class is to tell it from another. `say` is told how far it
+    has come.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = _chosen(pictures.labels[list(corrected)], generator)
+    if not chosen:
+        return {}
+    say(f"looking for what misleads, by the masks of {len(chosen)} pictures")
+    pyramid = pyramid.to(device)
+    images, labels, masks = examples(pictures, [corrected[i] for i in chosen], device)
+    wanted = _wanted(labels, masks, classes)
+    told = wanted != UNTOLD
+    seen = torch.cat([_places(pyramid, in_other_light(images, generator))[told] for _ in range(LIGHTS)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = _taught(seen, wanted[told].repeat(LIGHTS), classes, generator)
+    found: dict[int, Tensor] = {}
+    rest = sorted(set(range(len(pictures))) - set(corrected))
+    for part in in_order(len(rest), AT_ONCE):
+        rows = [rest[i] for i in part]
+        images, labels, _ = examples(pictures, rows, device)
+        with torch.no_grad():
+            answers = judge(_places(pyramid, images)).softmax(dim=-1)
+        own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
+        for row, places in zip(rows, grown((own >= SURE)[:, None]).cpu(), strict=True):
+            if places.any():
+                found[row] = 255 * places.to(torch.uint8)
+    say(f"{len(found)} of {len(rest)} pictures show something that misleads; it is hidden where no mask is trusted")
+    return found
+
+
+def _chosen(labels: Int[Tensor, "n"], generator: torch.Generator) -> list[int]:
+    """Which pictures to learn from, at random: none of classes with fewer than `FEW`, of others no more than three
+    times as many as of the rarest, since what is seen in one picture of a class must not stand for all of it."""
+    counts = labels.bincount()
+    told = counts >= FEW
+    if told.sum() < 2:
+        return []
+    most, taken = 3 * int(counts[told].min()), torch.zeros_like(counts)
+    chosen = []
+    for row in torch.randperm(len(labels), generator=generator).tolist():
+        if told[labels[row]] and taken[labels[row]] < most:
+            taken[labels[row]] += 1
+            chosen.append(row)
+    return chosen[:ENOUGH]
+
+
+def _wanted(labels: Int[Tensor, "n"], masks: Float[Tensor, "n 1 h w"], classes: int) -> Int[Tensor, "n i j"]:
+    """What is to be answered at each place: the class where people marked nothing, one answer more, `classes`, where
+    they did, so that evidence is known as such; nothing is asked in between, from where the evidence can be seen."""
+    marked = binarised(masks)
+    reached = with_surroundings(marked) > 0.5
+    shapes = (marked.mean(dim=(1, 2, 3)) <= 0.5).nonzero()[:, 0]  # what lies beside others is all that there is
+    for _ in range(MARGIN):
+        reached[shapes] = grown(reached[shapes])
+    outside, inside = ((_half(where)[:, 0] == 1) for where in (1 - reached.float(), marked))
+    return torch.where(outside, labels[:, None, None], torch.where(inside, classes, UNTOLD))
+
+
+def _places(pyramid: Pyramid, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b i j c"]:
+    """What is to be seen at every second pixel both ways: the colour, where it is, and what a pyramid sees there."""
+    seen = [_half(4 * (images - 0.5))]
+    height, width = seen[0].shape[-2:]
+    where = torch.meshgrid(torch.linspace(-2, 2, height), torch.linspace(-2, 2, width), indexing="ij")
+    seen.append(torch.stack(where).to(images.device).expand(len(images), -1, -1, -1))
+    for (_, stride), features in zip(pyramid.steps, pyramid(images), strict=True):
+        if stride <= FINE:
+            normal = F.group_norm(features, 1)
+            seen.append(F.interpolate(normal, (height, width), mode="bilinear", align_corners=False))
+    return torch.cat(seen, dim=1).movedim(1, -1)
+
+
+def _taught(
+    seen: Float[Tensor, "n c"], wanted: Int[Tensor, "n"], classes: int, generator: torch.Generator
+) -> nn.Module:
+    """Places -> logits of the classes and of evidence.
+
+    How many places are of a class tells nothing of a single one: that is added to the logits in training and left out
+    after (logit adjustment, Menon et al., ICLR 2021).
+    """
+    layers = (nn.Linear(seen.shape[1], WIDTH), nn.ReLU(), nn.Dropout(0.2), nn.Linear(WIDTH, classes + 1))
+    judge = nn.Sequential(*layers).to(seen.device)
+    frequent = torch.log(torch.bincount(wanted, minlength=classes + 1) / max(1, len(wanted)) + 1e-6)
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    for step in range(STEPS if len(seen) else 0):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+        rows = torch.randint(len(seen), (BATCH_SIZE,), generator=generator).to(seen.device)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(judge(seen[rows]) + frequent, wanted[rows]).backward()
+        optimizer.step()
+    return judge.eval()
+
+
+def _half(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+    return F.avg_pool2d(x, 2, ceil_mode=True)

@@ -1,0 +1,116 @@
+"""Shortcuts: what lies outside of the masks of people, and yet tells the class."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from abn.data import Pictures
+from abn.manifest import read_manifest, training_samples
+from abn.pyramid import Pyramid
+from abn.shortcut import find_shortcuts
+from tiny import Row, correct, write_workspace
+
+SIDE, STAMP, COUNT, KNOWN = 64, 12, 60, range(20)
+CLASSES = ["dark", "light"]
+ROWS = [Row(f"train{i:02d}", CLASSES[i % 2]) for i in range(COUNT)]
+
+
+def square(number: int) -> np.ndarray:
+    """The mask of what is to be seen in picture `number`, below the stamp."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    top, left = 20 + number * 7 % 20, number * 11 % 40
+    mask[top : top + 24, left : left + 24] = 255
+    return mask
+
+
+def workspace(root: Path, stamps: dict[str, tuple[int, int, int]]) -> Path:
+    """Squares in the brightness of the class on noise, each picture with a stamp in the colour of its class."""
+    pictures = []
+    for number, row in enumerate(ROWS):
+        image = np.random.default_rng(number).integers(40, 160, (SIDE, SIDE, 3)).astype(np.uint8)
+        image[square(number) > 0] = {"light": 220, "dark": 10}[row.label]
+        if row.label in stamps:
+            image[:STAMP, :STAMP] = stamps[row.label]
+        pictures.append(image)
+    return write_workspace(root, ROWS, pictures, [square(number) for number in range(COUNT)])
+
+
+def pictures_of(root: Path, known: range = KNOWN, size: tuple[int, int] = (SIDE, SIDE)) -> Pictures:
+    correct(root, {ROWS[i].id: square(i) for i in known})
+    return Pictures(root, training_samples(read_manifest(root)), CLASSES, size)
+
+
+def shares(found: dict[int, Tensor]) -> tuple[float, float]:
+    """How much of the stamps and of the squares is hidden in the pictures that nobody corrected, on average."""
+    stamp = np.zeros((SIDE, SIDE), bool)
+    stamp[:STAMP, :STAMP] = True
+    hidden = {
+        i: np.kron(found[i][0].numpy() > 0, np.ones((2, 2), bool)) if i in found else ~stamp & False for i in REST
+    }
+    return (
+        float(np.mean([where[stamp].mean() for where in hidden.values()])),
+        float(np.mean([where[square(i) > 0].mean() for i, where in hidden.items()])),
+    )
+
+
+REST = range(len(KNOWN), COUNT)
+RED, BLUE = (230, 20, 20), (20, 20, 230)
+CPU = torch.device("cpu")
+
+
+def test_a_stamp_that_tells_the_class_is_found_and_the_evidence_is_not(tmp_path: Path, pyramid: Pyramid) -> None:
+    before = copy.deepcopy(pyramid.state_dict())
+    found = find_shortcuts(
+        pictures_of(workspace(tmp_path / "w", {"dark": RED, "light": BLUE})), KNOWN, 2, 0, CPU, pyramid
+    )
+    assert set(found) == set(REST)
+    assert {(mask.shape, mask.dtype) for mask in found.values()} == {((1, 32, 32), torch.uint8)}
+    stamps, squares = shares(found)
+    assert stamps > 0.95 and squares < 0.1
+    assert all(torch.equal(value, before[name]) for name, value in pyramid.state_dict().items())
+
+
+@pytest.mark.parametrize("stamps", [{}, {"dark": RED, "light": RED}])
+def test_what_tells_nothing_is_left_alone(
+    tmp_path: Path, pyramid: Pyramid, stamps: dict[str, tuple[int, int, int]]
+) -> None:
+    hidden = shares(find_shortcuts(pictures_of(workspace(tmp_path / "w", stamps)), KNOWN, 2, 0, CPU, pyramid))
+    assert hidden[0] < 0.3 and hidden[1] < 0.1
+
+
+def test_a_class_that_alone_was_corrected_is_not_hidden_for_that(tmp_path: Path, pyramid: Pyramid) -> None:
+    """Nor is one that was corrected far more often than the other."""
+    root = workspace(tmp_path / "w", {})
+    dark = range(0, 20, 2)
+    for known in (list(dark), [*dark, 1]):
+        pictures = pictures_of(root, range(20))
+        found = find_shortcuts(pictures, known, 2, 0, CPU, pyramid)
+        hidden = [found[i].float().mean().item() / 255 if i in found else 0.0 for i in REST]
+        assert np.mean(hidden) < 0.1, known
+
+
+def test_the_same_seed_finds_the_same_and_leaves_other_randomness_alone(tmp_path: Path, pyramid: Pyramid) -> None:
+    pictures = pictures_of(workspace(tmp_path / "w", {"dark": RED, "light": BLUE}))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first, second = (find_shortcuts(pictures, KNOWN, 2, 0, CPU, pyramid) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert first.keys() == second.keys() and all(torch.equal(first[i], second[i]) for i in first)
+
+
+def test_large_pictures_are_searched_small_and_hidden_large(tmp_path: Path, pyramid: Pyramid) -> None:
+    root = workspace(tmp_path / "w", {"dark": RED, "light": BLUE})
+    pictures = pictures_of(root, KNOWN, (256, 256))
+    pictures.shortcuts = find_shortcuts(pictures, KNOWN, 2, 0, CPU, pyramid)
+    assert {tuple(mask.shape) for mask in pictures.shortcuts.values()} == {(1, 32, 32)}
+    batch = pictures[[0, 30]]
+    assert batch.shortcuts.shape == (2, 1, 256, 256) and set(batch.shortcuts[1].unique().tolist()) == {0, 255}
+    assert not batch.shortcuts[0].any(), "somebody marked what is evidence there"
+    assert (batch.shortcuts[1, 0, : 4 * STAMP, : 4 * STAMP] > 0).float().mean() > 0.95

@@ -1,9 +1,10 @@
 """What corrections cost a training step: `python -m benchmarks.step --json FILE`.
 
 For each network the settings of params.yaml: on a batch without any mask, and on batches with masks of people on a
-quarter of the pictures and drawn ones on all others, once of half of each picture and once of a spot, which is shown
-with its surroundings. Figures are ratios to the same step with `corrections.recipe: none`, within one run. Arms
-take turns and the median turn counts, in seconds of this process alone, on one thread: other work weighs little.
+quarter of the pictures and, on all others, drawn ones that are half trusted and a corner that misleads; once of half of
+each picture and once of a spot, which is shown with its surroundings. Figures are ratios to the same step with
+`corrections.recipe: none`, within one run. Arms take turns and the median turn counts, in seconds of this process
+alone, on one thread: other work weighs little.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ def _step(settings: Settings, count: int, mask: UInt8[np.ndarray, "H W"]) -> Ste
         if painted:
             drawn = torch.from_numpy(mask)[None]
             rest = range(painted, count)
-            pictures.drawn, pictures.trust = dict.fromkeys(rest, drawn), dict.fromkeys(rest, 1.0)
+            corner = torch.zeros_like(drawn)
+            corner[:, : len(mask) // 5, : len(mask) // 5] = 255
+            pictures.drawn, pictures.trust = dict.fromkeys(rest, drawn), dict.fromkeys(rest, 0.5)
+            pictures.shortcuts = dict.fromkeys(rest, corner)
         batch = pictures[list(range(count))]
     torch.manual_seed(0)
     network = ABN(settings.model, len(CLASSES)).to(memory_format=torch.channels_last).train()

@@ -80,23 +80,32 @@ def run(
 
 
 @pytest.mark.parametrize("weights", ["none", "pretrained"])
-def test_the_annotator_sees_what_pretrained_weights_do(
+def test_the_annotator_sees_what_pretrained_weights_do_and_shortcuts_are_found_by_them(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
     pyramids: list[Pyramid | None] = []
+    searched: list[Pyramid] = []
+
+    def found(pictures: Pictures, corrected: list[int], *arguments: Any) -> dict[int, Tensor]:
+        assert corrected == list(range(6))
+        searched.append(arguments[-2])
+        return {9: torch.full((1, 8, 8), 255, dtype=torch.uint8)}
 
     def watched(*arguments: Any) -> tuple[dict[int, Tensor], dict[int, float]]:
         pyramids.append(arguments[-1])
         return {}, {}
 
     monkeypatch.setattr(training, "annotate", watched)
+    monkeypatch.setattr(training, "find_shortcuts", found)
     correct(root, MASKS)
-    run(root, tiny_settings(model={"backbone": "efficientnet_lite0", "weights": weights}), tmp_path / "results")
+    settings = tiny_settings(model={"backbone": "efficientnet_lite0", "weights": weights})
+    _, lines = run(root, settings, tmp_path / "results")
     (pyramid,) = pyramids
+    assert {line["misled"] for line in lines} == {len(searched)}
     if weights == "none":
-        assert pyramid is None
+        assert pyramid is None and not searched
     else:
-        assert pyramid is not None
+        assert pyramid is not None and searched == [pyramid]
         parts = make_parts("efficientnet_lite0", weights)
         assert torch.equal(pyramid.layers[0][0].weight, parts.extractor[0][0].weight)  # type: ignore[index]
 

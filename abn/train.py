@@ -210,13 +210,14 @@ class Objective:
         """The loss to descend, and its parts as numbers."""
         config = self.settings.corrections
         labels = batch.labels.to(self.device)
-        images, both = augment(
+        moved = torch.cat([batch.masks, batch.shortcuts], dim=1) if batch.shortcuts.any() else batch.masks
+        images, moved = augment(
             batch.images.to(self.device).float() / 255,
-            torch.cat([batch.masks, batch.shortcuts], dim=1).to(self.device).float() / 255,
+            moved.to(self.device).float() / 255,
             self.settings.data,
             generator,
         )
-        masks, shortcuts = both.split(1, dim=1)
+        masks, shortcuts = moved[:, :1], moved[:, 1:]  # without a channel where nothing is known to mislead
         masked = batch.has_mask.to(self.device) & (config.recipe != "none")
         taught = masked & batch.painted.to(self.device)  # a map that was called fine need not become an older model's
         if self.corrected and config.recipe == "context":

@@ -232,7 +232,7 @@ def run_seed(
     spec: Spec, seed: int, arms: Sequence[str], changes: Mapping[str, Any], keep: Path | None
 ) -> dict[str, dict[str, float]]:
     """The figures of each arm for one seed, each with `recovered`; control and upper always run, the others hang on
-    them. Only what `keep` does not hold already is trained."""
+    them. Only what `keep` does not hold already is trained. An arm whose loss was not finite has NaN."""
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         problem: Problem | None = None
@@ -243,7 +243,12 @@ def run_seed(
                 figures[arm] = json.loads(kept.read_text())
             else:
                 problem = problem or Problem(Path(folder), spec, seed)
-                figures[arm] = problem.run(arm, settings)
+                try:
+                    figures[arm] = problem.run(arm, settings)
+                except FloatingPointError as error:  # a loss that does not suit the data; the other arms go on
+                    print(f"seed {seed}  {arm:10}  no figures: {error}", flush=True)
+                    figures[arm] = dict.fromkeys((*FIGURES, "mask_share", "seconds"), float("nan"))
+                    continue
                 if kept:
                     with replacing(kept) as temporary:
                         temporary.write_text(json.dumps(figures[arm]))
@@ -358,7 +363,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures as a mapping, ready for JSON. Raises ValueError for an unknown arm, setting or data set."""
+    """The figures as a mapping, as they also go to the file `--json`; those of an arm whose loss was not finite are
+    None. Raises ValueError for an unknown arm, setting or data set."""
     arms = options.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"--arms names {unknown[0]!r}; known: {', '.join(ARMS)}")
@@ -366,8 +372,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     seeds = seeds_of(options.seeds)
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
-    runs = [run_seed(spec, seed, arms, changes, options.keep) for seed in seeds]
-    return {"settings": {**asdict(spec), "seeds": seeds, "changes": changes}, "arms": summary(runs)}
+    runs = []
+    for number, seed in enumerate(seeds, start=1):
+        runs.append(run_seed(spec, seed, arms, changes, options.keep))
+        settings = {**asdict(spec), "seeds": seeds[:number], "changes": changes}
+        result = {"settings": settings, "arms": summary(runs)}
+        if options.json:  # after each seed, so that what is stopped has told what it knew
+            with replacing(options.json) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def main() -> None:
@@ -380,10 +393,7 @@ def main() -> None:
     for arm, figures in result["arms"].items():
         cells = [f"{_cell(figures[name])} ±{_cell(figures['std'][name])}".rjust(len(name)) for name in COLUMNS]
         print(f"{arm:12}", *cells, sep="  ")
-    print(f"attention inside the mask would be {result['arms']['control']['mask_share']:.3f} by chance")
-    if options.json:
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"attention inside the mask would be {_cell(result['arms']['control']['mask_share'])} by chance")
 
 
 if __name__ == "__main__":

@@ -216,6 +216,18 @@ def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
     assert json.loads(json.dumps(run(parse(arguments)))) == result
 
 
+def test_an_arm_that_is_not_finite_has_no_figures_and_the_others_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
+    arguments += ["--corrections", "4", "--arms", "l2,context", "--set", "corrections.map_weight=.inf"]
+    result = run(parse([*arguments, "--json", str(tmp_path / "figures.json")]))
+    assert json.loads((tmp_path / "figures.json").read_text())["arms"] == result["arms"]
+    assert "l2          no figures: loss inf at epoch 1, step 1; samples " in capsys.readouterr().out
+    assert result["arms"]["l2"]["clean"] is None and result["arms"]["l2"]["recovered"] is None
+    assert 0 <= result["arms"]["context"]["clean"] <= 1  # whose map loss weighs nothing
+
+
 def test_the_uppers_learn_from_pictures_whose_confound_tells_nothing(folder: Path, tmp_path: Path) -> None:
     problem = Problem(tmp_path / "problem", spec(folder), 0)
     trained = {**problem.train, "random": problem.at_random()}

@@ -1,5 +1,5 @@
 """Trains the network: `python -m abn.train` reads params.yaml and data/, writes results/model.pt, its history
-train.jsonl, and early.npz (abn/early.py).
+train.jsonl, early.npz (abn/early.py) and inferred.npz (abn/inferred.py).
 
 The loop is explicit and resumable: each epoch draws its randomness from (seed, epoch) alone, and the checkpoint after
 an epoch holds the weights and the optimizer, so that a run that was killed ends as if it had not been.
@@ -47,6 +47,7 @@ from abn.data import (
 )
 from abn.early import is_early_epoch, write_early_confidence
 from abn.files import replacing
+from abn.inferred import write_inferred
 from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
@@ -160,6 +161,8 @@ def train(
     frozen = settings.corrections.recipe == "paper" and _has_champion(root, settings)
     network.extractor.requires_grad_(not frozen)
     history = History(_fingerprint(root, samples, settings), output, network, optimizer)
+    if parallel.is_first():
+        write_inferred(output / "inferred.npz", pictures, config.seed)
     parallel.wait()  # all have read the checkpoint before the first may remove it
     for epoch in range(history.done + 1, config.epochs + 1):
         began = time.perf_counter()
@@ -360,7 +363,7 @@ def run(stage: Stage) -> None:
     if stage == ROUND and samples == CONTROL.samples():
         if parallel.is_first():
             print("nobody has said anything yet: the control is this round's model", flush=True)
-            for name in ("model.pt", "train.jsonl", "early.npz"):
+            for name in ("model.pt", "train.jsonl", "early.npz", "inferred.npz"):
                 shutil.copyfile(CONTROL.results / name, ROUND.results / name)
         return
 

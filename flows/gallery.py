@@ -1,4 +1,4 @@
-"""Pictures of what models look at: a row a sample, the picture, each network's map on it, the person's mask."""
+"""Pictures of what models look at, and of what training inferred: a row a sample, the picture first."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from abn.inferred import Inferred
 from abn.manifest import MaskShards, Sample
 from abn.predictions import Predictions
 from labeling.tasks import heatmap
 
 GOLD = "data/gold.npz"
 TILE, LINE, GAP = 128, 18, 6  # pixels: the larger side of a picture, a line of text, what lies between two pictures
-RIGHT, WRONG = (30, 130, 70), (200, 50, 60)  # answers, in RGB
+RIGHT, WRONG = (30, 130, 70), (200, 50, 60)  # answers, in RGB; what misleads is as red
 
 
 def gold_rows(predictions: Predictions, count: int, seed: int = 0) -> list[int]:
@@ -45,9 +46,16 @@ def map_tile(path: Path, attention_map: np.ndarray) -> np.ndarray:
 
 
 def mask_tile(path: Path, mask: np.ndarray) -> np.ndarray:
-    """The picture at `path` darkened outside the mask (H, W) uint8, in the size of a tile."""
+    """The picture at `path` darkened outside the mask (h, w) uint8, in the size of a tile."""
     image = read_rgb(path)
-    return tile((image * (0.25 + 0.75 * (mask[..., None] > 127))).astype(np.uint8))
+    return tile((image * (0.25 + 0.75 * (_resized(mask, image)[..., None] > 127))).astype(np.uint8))
+
+
+def misled_tile(path: Path, misleads: np.ndarray) -> np.ndarray:
+    """The picture at `path` with what misleads (h, w) uint8 in red, in the size of a tile."""
+    image = tile(read_rgb(path))
+    where = _resized(misleads, image)[..., None] > 127
+    return np.where(where, 0.4 * image + 0.6 * np.array(WRONG), image).astype(np.uint8)
 
 
 def tile(image: np.ndarray) -> np.ndarray:
@@ -56,6 +64,12 @@ def tile(image: np.ndarray) -> np.ndarray:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
     return np.array(Image.fromarray(image).resize(size, smooth))
+
+
+def _resized(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The mask (h, w) uint8 in the size of the image."""
+    size = (image.shape[1], image.shape[0])
+    return np.array(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
 
 
 class Seen(NamedTuple):
@@ -75,8 +89,7 @@ def gallery(root: Path, samples: Sequence[Sample], models: Sequence[Seen]) -> Im
     """A sample a row: the picture with its label, each model's map with its answer, and the gold mask, if any."""
     shards = MaskShards(root)
     masked = any(shards.holds(GOLD, sample.id) for sample in samples)
-    titles = ["picture", *(model.title for model in models), *(["gold mask"] if masked else [])]
-    rows = [[_captioned(np.full((1, TILE, 3), 255, np.uint8), title) for title in titles]]
+    rows = [_titles("picture", *(model.title for model in models), *(["gold mask"] if masked else []))]
     for sample in samples:
         path = root / sample.image
         row = [_captioned(tile(read_rgb(path)), sample.label)]
@@ -88,6 +101,23 @@ def gallery(root: Path, samples: Sequence[Sample], models: Sequence[Seen]) -> Im
             row.append(_captioned(mask_tile(path, shards.get(GOLD, sample.id)), ""))
         rows.append(row)
     return _on_white(rows)
+
+
+def inferred_sheet(root: Path, samples: Mapping[str, Sample], inferred: Sequence[Inferred]) -> Image.Image:
+    """A sample, by its id, a row: the picture with its label, the mask drawn for it and the trust in it, and what
+    misleads."""
+    rows = [_titles("picture", "drawn mask", "misleads")]
+    for name, mask, trust, misleads in inferred:
+        path = root / samples[name].image
+        drawn = f"trusted {trust:.2f}" if trust else "not trusted" if mask.any() else "none drawn"
+        seen, share = mask_tile(path, mask), (misleads > 127).mean()
+        row = [_captioned(tile(read_rgb(path)), samples[name].label), _captioned(seen, drawn)]
+        rows.append([*row, _captioned(misled_tile(path, misleads), f"{share:.1%}" if share else "nothing found")])
+    return _on_white(rows)
+
+
+def _titles(*titles: str) -> list[Image.Image]:
+    return [_captioned(np.full((1, TILE, 3), 255, np.uint8), title) for title in titles]
 
 
 def _captioned(image: np.ndarray, text: str, colour: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:

@@ -27,6 +27,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from abn.config import load_section, read_params
+from abn.inferred import read_inferred
 from abn.manifest import (
     CORRECTION_COLUMNS,
     WITHDRAWAL_COLUMNS,
@@ -40,7 +41,7 @@ from abn.predict import PredictConfig
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
 from abn.train import Settings, TrainConfig, choose_device
-from flows.gallery import Seen, gallery, gold_rows, map_tile, read_rgb, shown
+from flows.gallery import Seen, gallery, gold_rows, inferred_sheet, map_tile, read_rgb, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
 from flows.lineage import DATA, commit_of_training, find_round, learned_withdrawn, record, trace
 from flows.lineage_report import as_json, describe, describe_history, draw
@@ -460,6 +461,9 @@ def decide(place: Workspace, round_: Round) -> None:
     tracker.log_inputs(runs["evaluate"], judged, data, "evaluation", version)
     tracker.log_metrics(runs["evaluate"], metrics)
     tracker.log_metrics(runs["round"], {"corrections": corrections, **metrics, "control": control})
+    if inferred := read_inferred(place.inferred):
+        sheet = inferred_sheet(place.root, {sample.id: sample for sample in samples}, inferred)
+        tracker.log_files(runs["train"], {"inferred.png": sheet})
     tracker.log_files(runs["evaluate"], _evaluation_files(place, round_, samples))
     lineage = {"lineage.json": as_json(facts), "lineage.html": draw(facts)}
     tracker.log_files(runs["round"], {"corrections.csv": place.corrections, **lineage})

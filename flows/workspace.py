@@ -181,6 +181,11 @@ class Workspace:
         return self.results / "train.jsonl"
 
     @property
+    def inferred(self) -> Path:
+        """What training inferred for pictures that nobody corrected, of a few of them."""
+        return self.results / "inferred.npz"
+
+    @property
     def control_log(self) -> Path:
         return self.results / "control" / "train.jsonl"
 

@@ -14,19 +14,20 @@ from torch.nn import functional as F
 
 CLEARER = 1.2  # times the contour at the rim; less inside is no sign, boxes around objects have that much
 LEFT = 0.25  # of each mask's area, at least
+WHOLE = 0.9  # of a picture: what is marked from there on has no rim, its edge is that of what was left out
 
 
 def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"]) -> int:
     """By how many pixels the masks, 0 or 1 per pixel, are too wide; 0 unless that is clear.
 
-    The depth in the mask at which the contours are strongest: the gradient there against its mean in that picture,
-    averaged over the masks. Looked for up to a quarter of the longer side and where at least half of the masks
-    reach. The edge of the picture is no rim.
+    The depth in the mask at which the contours are strongest: the gradient there against its mean in that picture, the
+    median of the masks. Looked for up to a quarter of the longer side and where at least half of the masks reach.
+    The edge of the picture is no rim, and masks of more than `WHOLE` of a picture are not asked.
     """
     contours = _contours(images)
     contours = contours / contours.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     share = masks.mean(dim=(1, 2, 3))
-    has_rim = (share > 0) & (share < 1)
+    has_rim = (share > 0) & (share <= WHOLE)
     contours, inner = contours[has_rim], masks[has_rim]
     strengths: list[float] = []
     for _ in range(max(masks.shape[-2:]) // 4):
@@ -36,7 +37,7 @@ def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"])
         if reaches.sum() < max(len(inner) / 2, 1):
             break
         mean = (contours * ring).sum(dim=(1, 2, 3)) / ring.sum(dim=(1, 2, 3)).clamp(min=1)
-        strengths.append(mean[reaches].mean().item())
+        strengths.append(mean[reaches].median().item())
         inner = smaller
     if not strengths or max(strengths) <= CLEARER * strengths[0]:
         return 0
@@ -44,12 +45,13 @@ def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"])
 
 
 def without_rim(masks: Float[Tensor, "b 1 h w"], width: int) -> Float[Tensor, "b 1 h w"]:
-    """Masks, 0..1, less a rim of `width` pixels, or of as many as leave a quarter of each. The edge of the picture is a
-    rim too: what was painted up to it may have been painted over what ends before it."""
-    least = LEFT * masks.sum(dim=(1, 2, 3), keepdim=True)
+    """Masks, 0..1, less a rim of `width` pixels, or as many as leave a quarter of each. Those of more than `WHOLE` of
+    a picture stay. Its edge is a rim too: what was painted up to it may have been painted over what ends before it."""
+    share = masks.mean(dim=(1, 2, 3), keepdim=True)
     for _ in range(width):
         smaller = _less_a_pixel(masks, beyond_the_picture=0.0)
-        masks = torch.where(smaller.sum(dim=(1, 2, 3), keepdim=True) >= least, smaller, masks)
+        left = smaller.mean(dim=(1, 2, 3), keepdim=True)
+        masks = torch.where((share <= WHOLE) & (left >= LEFT * share), smaller, masks)
     return masks
 
 

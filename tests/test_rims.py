@@ -40,6 +40,16 @@ def test_one_in_a_hurry_does_not_speak_for_all() -> None:
     assert rim_width(images, masks) == 0
 
 
+def test_pictures_that_are_marked_nearly_whole_have_no_say_and_no_rim() -> None:
+    """Where a class has no object all is marked but what misleads, exactly, and that has a clear edge."""
+    images, masks = discs()
+    images[:5, :, :6, :6], masks[:5] = 1, 1
+    masks[:5, :, :6, :6] = 0
+    wide = torch.cat([masks[:5], grown(masks[5:], 4)])
+    assert 3 <= rim_width(images, wide) <= 4
+    assert torch.equal(without_rim(wide, 4)[:5], masks[:5])
+
+
 def test_without_a_rim_or_a_contour_nothing_is_too_wide() -> None:
     images, masks = discs()
     assert rim_width(images, torch.ones_like(masks)) == rim_width(images, torch.zeros_like(masks)) == 0

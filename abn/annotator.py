@@ -118,7 +118,7 @@ def annotate(
             best, trust = copy.deepcopy(annotator), reached
         if trust == 1:
             break
-    rest = sorted(set(range(len(pictures))) - set(corrected))
+    rest = pictures.all_but(corrected)
     found = _masks(best, pictures, rest, device)
     sure = dict.fromkeys(found, 1.0)
     if pyramid and config.flip and found:

@@ -119,6 +119,10 @@ class Pictures(Dataset[Batch]):
             chosen,
         )
 
+    def all_but(self, indices: Sequence[int]) -> list[int]:
+        """The indices of the other pictures, in order."""
+        return sorted(set(range(len(self))) - set(indices))
+
     def _image(self, index: int) -> Tensor:
         if index in self._images:
             return self._images[index]

@@ -62,7 +62,7 @@ def find_shortcuts(
         torch.manual_seed(seed)
         judge = _taught(seen, wanted[told].repeat(LIGHTS), classes, generator)
     found: dict[int, Tensor] = {}
-    rest = sorted(set(range(len(pictures))) - set(corrected))
+    rest = pictures.all_but(corrected)
     for part in in_order(len(rest), AT_ONCE):
         rows = [rest[i] for i in part]
         images, labels, _ = examples(pictures, rows, device)

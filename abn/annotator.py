@@ -123,7 +123,8 @@ def annotate(
     sure = dict.fromkeys(found, 1.0)
     if pyramid and config.flip and found:
         found, sure = _twice(found, _masks(best, pictures, rest, device, mirrored=True))
-    drawn = {index: mask for index, mask in found.items() if (mask > 127).any()}
+    # Copies, since what is a part of a batch's tensor is sent to other processes with all of it.
+    drawn = {index: mask.clone() for index, mask in found.items() if (mask > 127).any()}
     return drawn, {index: trust * sure[index] for index in drawn}
 
 
@@ -131,14 +132,20 @@ def _twice(
     found: dict[int, UInt8[Tensor, "1 h w"]], mirrored: dict[int, UInt8[Tensor, "1 h w"]]
 ) -> tuple[dict[int, UInt8[Tensor, "1 h w"]], dict[int, float]]:
     """The means of the masks of pictures and of their mirror images, and how sure those are, by how they overlap."""
-    first, second = (torch.stack([masks[index] for index in found]).float() / 255 for masks in (found, mirrored))
-    sure = (overlap(*(with_surroundings(binarised(masks)) for masks in (first, second))) >= FAIR).float()
-    means = (first + second) / 2
-    whole = means.mean(dim=(1, 2, 3)) > 0.5
-    if not whole.all():
-        sure[whole] = sure[~whole].mean()
-    masks = (255 * means).round().to(torch.uint8)
-    return dict(zip(found, masks, strict=True)), dict(zip(found, sure.tolist(), strict=True))
+    names, whole = list(found), set[int]()
+    masks, sure = dict[int, Tensor](), dict[int, float]()
+    for part in in_order(len(names), AT_ONCE):
+        rows = [names[i] for i in part]
+        first, second = (torch.stack([drawn[row] for row in rows]).float() / 255 for drawn in (found, mirrored))
+        alike = overlap(*(with_surroundings(binarised(drawn)) for drawn in (first, second))) >= FAIR
+        means = (first + second) / 2
+        masks |= dict(zip(rows, (255 * means).round().to(torch.uint8), strict=True))
+        sure |= dict(zip(rows, alike.float().tolist(), strict=True))
+        whole |= {row for row, mean in zip(rows, means, strict=True) if mean.mean() > 0.5}
+    shapes = [sure[row] for row in names if row not in whole]
+    if shapes:
+        sure |= dict.fromkeys(whole, sum(shapes) / len(shapes))
+    return masks, sure
 
 
 def _begun(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class DataConfig:
 class Batch(NamedTuple):
     images: UInt8[Tensor, "b 3 h w"]
     labels: Int[Tensor, "b"]  # -1: not known
-    masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what is evidence; meaningless where trust is 0
+    masks: UInt8[Tensor, "b 1 h w"]  # 0..255, what is evidence; where trust is 0 at best a guess
     has_mask: Bool[Tensor, "b"]  # a person gave the mask
     painted: Bool[Tensor, "b"]  # a person made it: it is not a map of the network that a person called fine
     weights: Float[Tensor, "b"]  # 0..1, of the mask in the loss of the map: how far those who gave it agree
@@ -149,7 +150,7 @@ class Pictures(Dataset[Batch]):
         painted = [i for i, sample in enumerate(self.samples) if sample.masks and sample.painted]
         if len(painted) < MANY_MASKS:  # few masks show a rim by chance
             return 0
-        seen = self[painted[:ENOUGH]]
+        seen = self[painted[:: math.ceil(len(painted) / ENOUGH)]]  # of all classes, in whatever order they come
         width = rim_width(seen.images.float() / 255, (seen.masks > 127).float())
         for index in painted if width else []:
             mask = self._mask(index)

@@ -47,12 +47,16 @@ def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"])
 def without_rim(masks: Float[Tensor, "b 1 h w"], width: int) -> Float[Tensor, "b 1 h w"]:
     """Masks, 0..1, less a rim of `width` pixels, or as many as leave a quarter of each. Those of more than `WHOLE` of
     a picture stay. Its edge is a rim too: what was painted up to it may have been painted over what ends before it."""
-    share = masks.mean(dim=(1, 2, 3), keepdim=True)
+    share = _marked(masks)
     for _ in range(width):
         smaller = _less_a_pixel(masks, beyond_the_picture=0.0)
-        left = smaller.mean(dim=(1, 2, 3), keepdim=True)
-        masks = torch.where((share <= WHOLE) & (left >= LEFT * share), smaller, masks)
+        masks = torch.where((share <= WHOLE) & (_marked(smaller) >= LEFT * share), smaller, masks)
     return masks
+
+
+def _marked(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 1 1"]:
+    """The share of the picture that is marked: what only one of several people painted is not."""
+    return (masks > 0.5).float().mean(dim=(1, 2, 3), keepdim=True)
 
 
 def _less_a_pixel(masks: Float[Tensor, "b 1 h w"], beyond_the_picture: float) -> Float[Tensor, "b 1 h w"]:

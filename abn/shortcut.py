@@ -24,7 +24,8 @@ from abn.pyramid import Pyramid
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
 SURE = 0.9  # of the picture's own class, from which on a place misleads
-FEW = 3  # corrected pictures of a class, that chance does not tell it
+MOST = 0.9  # of a picture: if more were hidden, its label would be learned from another one's surroundings
+FEW = 3  # painted masks of a class, that chance does not tell it
 ENOUGH, LIGHTS = 200, 4  # pictures to learn from at most, and in how many lights each
 FINE = 4  # pixels to one of the features: coarser ones see the object from beside it
 MARGIN = 6  # pixels around what is marked of which nothing is learned: so far they see
@@ -43,18 +44,20 @@ def find_shortcuts(
     """Where something misleads, 255, else 0, in each of the pictures that are not `corrected` (indices of those that
     are) in which anything does, at half the size at which they are annotated.
 
-    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. `pyramid`
-    is of the network's pretrained weights. Only classes of which at least `FEW` pictures are corrected take part, and
-    with fewer than two of them nothing is found: to tell a class is to tell it from another. `say` is told how far it
-    has come.
+    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. Where that
+    is over `MOST` of a picture there would be nothing left to see, and nothing is given. `pyramid` is of the network's
+    pretrained weights. Only classes of which people painted at least `FEW` masks take part, and with fewer than two of
+    them nothing is found: to tell a class is to tell it from another. A map that was called fine does not say where an
+    object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = _chosen(pictures.labels[list(corrected)], generator)
+    painted = [index for index in corrected if pictures.samples[index].painted]
+    chosen = _chosen(pictures.labels[painted], generator)
     if not chosen:
         return {}
     say(f"looking for what misleads, by the masks of {len(chosen)} pictures")
     pyramid = pyramid.to(device)
-    images, labels, masks = examples(pictures, [corrected[i] for i in chosen], device)
+    images, labels, masks = examples(pictures, [painted[i] for i in chosen], device)
     wanted = _wanted(labels, masks, classes)
     told = wanted != UNTOLD
     seen = torch.cat([_places(pyramid, in_other_light(images, generator))[told] for _ in range(LIGHTS)])
@@ -70,7 +73,7 @@ def find_shortcuts(
             answers = judge(_places(pyramid, images)).softmax(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
         for row, places in zip(rows, grown((own >= SURE)[:, None]).cpu(), strict=True):
-            if places.any():
+            if 0 < places.float().mean() <= MOST:
                 found[row] = 255 * places.to(torch.uint8)
     say(f"{len(found)} of {len(rest)} pictures show something that misleads; it is hidden where no mask is trusted")
     return found

@@ -248,7 +248,6 @@ def run_seed(
                 except FloatingPointError as error:  # a loss that does not suit the data; the other arms go on
                     print(f"seed {seed}  {arm:10}  no figures: {error}", flush=True)
                     figures[arm] = dict.fromkeys((*FIGURES, "mask_share", "seconds"), float("nan"))
-                    continue
                 if kept:
                     with replacing(kept) as temporary:
                         temporary.write_text(json.dumps(figures[arm]))

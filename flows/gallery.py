@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from abn.data import as_rgb
 from abn.inferred import Inferred
 from abn.manifest import MaskShards, Sample
 from abn.predictions import Predictions
@@ -37,7 +38,7 @@ def shown(root: Path, samples: Sequence[Sample], count: int, seed: int = 0) -> l
 def read_rgb(path: Path) -> np.ndarray:
     """(H, W, 3) uint8."""
     with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
+        return as_rgb(image)
 
 
 def map_tile(path: Path, attention_map: np.ndarray) -> np.ndarray:
@@ -105,14 +106,17 @@ def gallery(root: Path, samples: Sequence[Sample], models: Sequence[Seen]) -> Im
 
 def inferred_sheet(root: Path, samples: Mapping[str, Sample], inferred: Sequence[Inferred]) -> Image.Image:
     """A sample, by its id, a row: the picture with its label, the mask drawn for it and the trust in it, and what
-    misleads."""
-    rows = [_titles("picture", "drawn mask", "misleads")]
+    misleads, if anything was found in any of them."""
+    found = any(one.misleads.any() for one in inferred)
+    rows = [_titles("picture", "drawn mask", *(["misleads"] if found else []))]
     for name, mask, trust, misleads in inferred:
         path = root / samples[name].image
         drawn = f"trusted {trust:.2f}" if trust else "not trusted" if mask.any() else "none drawn"
-        seen, share = mask_tile(path, mask), (misleads > 127).mean()
-        row = [_captioned(tile(read_rgb(path)), samples[name].label), _captioned(seen, drawn)]
-        rows.append([*row, _captioned(misled_tile(path, misleads), f"{share:.1%}" if share else "nothing found")])
+        row = [_captioned(tile(read_rgb(path)), samples[name].label), _captioned(mask_tile(path, mask), drawn)]
+        if found:
+            share = (misleads > 127).mean()
+            row.append(_captioned(misled_tile(path, misleads), f"{share:.1%}" if share else "nothing found"))
+        rows.append(row)
     return _on_white(rows)
 
 

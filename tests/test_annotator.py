@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def test_masks_of_a_few_pictures_become_masks_of_the_rest(root: Path) -> None:
         overlaps.append((marked & wanted).sum() / (marked | wanted).sum())
     assert np.mean(overlaps) > 0.8
     assert set(trust.values()) == {1.0}
+    assert len(pickle.dumps(drawn)) < 8 * (SIZE * SIZE + 1000), "other processes are sent no more than the masks"
 
 
 def test_a_class_is_marked_from_the_first_step_on_as_much_as_it_usually_is(

@@ -75,3 +75,11 @@ def test_a_rim_is_taken_off_but_a_quarter_is_left_of_each_mask() -> None:
     assert narrow[2].sum() == 4 * 8
     assert narrow[3].sum() == 9, "one would be left of 25"
     assert torch.equal(without_rim(masks, 0), masks)
+
+
+def test_what_one_of_several_people_painted_does_not_hide_that_nothing_is_left() -> None:
+    """Merged masks are grey where people disagree."""
+    masks = torch.zeros(1, 1, 40, 40)
+    masks[0, :, 5:35, 5:35] = 1 / 3
+    masks[0, :, 16:23, 16:23] = 1
+    assert (without_rim(masks, 4) > 0.5).sum() == 25

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from abn import shortcut
 from abn.data import Pictures
 from abn.manifest import read_manifest, training_samples
 from abn.pyramid import Pyramid
-from abn.shortcut import find_shortcuts
+from abn.shortcut import _chosen, find_shortcuts
 from tiny import Row, correct, write_workspace
 
 SIDE, STAMP, COUNT = 64, 12, 60  # pixels; pictures
@@ -80,14 +81,36 @@ def test_what_tells_nothing_is_left_alone(
 
 
 def test_a_class_that_alone_was_corrected_is_not_hidden_for_that(tmp_path: Path, pyramid: Pyramid) -> None:
-    """Nor is one that was corrected far more often than the other."""
+    """Nor where of the other there are too few to tell it by."""
     root = workspace(tmp_path / "w", {})
     dark = range(0, 20, 2)
     for known in (list(dark), [*dark, 1]):
         pictures = pictures_of(root, range(20))
         found = find_shortcuts(pictures, known, 2, 0, CPU, pyramid)
         hidden = sum(mask.float().mean().item() / 255 for mask in found.values())
-        assert hidden / len(REST) < 0.1, known
+        assert hidden / (COUNT - len(known)) < 0.1, known
+
+
+def test_no_picture_is_hidden_as_a_whole(tmp_path: Path, pyramid: Pyramid, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = pictures_of(workspace(tmp_path / "w", {"dark": RED, "light": BLUE}))
+    monkeypatch.setattr(shortcut, "STEPS", 1)
+    monkeypatch.setattr(shortcut, "SURE", 0.0)
+    assert find_shortcuts(pictures, KNOWN, 2, 0, CPU, pyramid) == {}
+    monkeypatch.setattr(shortcut, "MOST", 1.0)
+    assert len(find_shortcuts(pictures, KNOWN, 2, 0, CPU, pyramid)) == len(REST)
+
+
+def test_of_the_larger_class_no_more_than_three_times_as_many_are_learned_from() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 4 + [2] * 2)
+    chosen = labels[_chosen(labels, torch.Generator().manual_seed(0))]
+    assert chosen.bincount().tolist() == [12, 4], "of the third there are too few"
+
+
+def test_a_map_that_was_called_fine_does_not_say_what_misleads(tmp_path: Path, pyramid: Pyramid) -> None:
+    root = workspace(tmp_path / "w", {"dark": RED, "light": BLUE})
+    correct(root, {ROWS[i].id: square(i) for i in KNOWN}, "map_ok")
+    pictures = Pictures(root, training_samples(read_manifest(root)), CLASSES, (SIDE, SIDE))
+    assert find_shortcuts(pictures, KNOWN, 2, 0, CPU, pyramid) == {}
 
 
 def test_the_same_seed_finds_the_same_and_leaves_other_randomness_alone(tmp_path: Path, pyramid: Pyramid) -> None:

@@ -34,6 +34,7 @@ from abn.context import (
 )
 from abn.data import Batch, Pictures
 from abn.evaluate import align, measure
+from abn.inferred import read_inferred
 from abn.losses import l2_map_loss
 from abn.manifest import MANY_MASKS, read_manifest, training_samples, without_loose_masks
 from abn.model import ABN, ABNOutput, load_model
@@ -151,6 +152,8 @@ def test_a_killed_training_ends_as_if_it_had_not_been(root: Path, tmp_path: Path
     assert (tmp_path / "killed/checkpoint.pt").exists()
     assert run(root, tiny_settings(), tmp_path / "killed") == undisturbed
     assert not (tmp_path / "killed/checkpoint.pt").exists()
+    inferred = [tmp_path / name / "inferred.npz" for name in ("undisturbed", "killed")]
+    assert inferred[0].read_bytes() == inferred[1].read_bytes() and read_inferred(inferred[0])
 
 
 def test_a_training_killed_within_an_epoch_goes_on_from_the_last_whole_one(

@@ -44,11 +44,11 @@ def find_shortcuts(
     """Where something misleads, 255, else 0, in each of the pictures that are not `corrected` (indices of those that
     are) in which anything does, at half the size at which they are annotated.
 
-    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. Where that
-    is over `MOST` of a picture there would be nothing left to see, and nothing is given. `pyramid` is of the network's
-    pretrained weights. Only classes of which people painted at least `FEW` masks take part, and with fewer than two of
-    them nothing is found: to tell a class is to tell it from another. A map that was called fine does not say where an
-    object ends, and is not learned from. `say` is told how far it has come.
+    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. Where
+    that is over `MOST` of a picture there would be nothing left to see, and nothing is given. `pyramid` is of the
+    network's pretrained weights. Only classes of which people painted at least `FEW` masks take part, and with fewer
+    than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does not
+    say where an object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]

@@ -30,7 +30,7 @@ class Inferred(NamedTuple):
 
 
 def write_inferred(path: Path, pictures: Pictures, seed: int) -> None:
-    """Of at most `SHOWN` of the pictures that have any, drawn with `seed`, by id; of none if nothing was inferred."""
+    """Of at most `SHOWN` of the pictures that have any, drawn with `seed`, in their order; of none if none has."""
     rows = np.array(sorted(pictures.drawn.keys() | pictures.shortcuts.keys()), dtype=int)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:SHOWN])
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -55,5 +55,5 @@ def _stacked(masks: dict[int, Tensor], rows: np.ndarray) -> UInt8[np.ndarray, "n
     stacked = np.zeros((len(rows), *size), np.uint8)
     for place, row in enumerate(rows.tolist()):
         if row in masks:
-            stacked[place] = masks[row][0].cpu().numpy()
+            stacked[place] = masks[row][0].numpy()
     return stacked

@@ -296,11 +296,15 @@ def _finite(value: float) -> float | None:
 
 
 def seeds_of(text: str) -> list[int]:
-    """`5` is 0 to 4, `100-102` is 100, 101 and 102, `3,7` is itself (and `3,` is 3 alone)."""
-    if "," in text:
-        return [int(part) for part in text.split(",") if part]
+    """`5` is 0 to 4, `100-102` is 100, 101 and 102, `3,7` is itself (`3,` is 3 alone). Raises ValueError for none."""
     first, dash, last = text.partition("-")
-    return list(range(int(first), int(last) + 1)) if dash else list(range(int(text)))
+    if "," in text:
+        seeds = [int(part) for part in text.split(",") if part]
+    else:
+        seeds = list(range(int(first), int(last) + 1)) if dash else list(range(int(text)))
+    if not seeds:
+        raise ValueError(f"--seeds {text!r} names no seed; 5 is 0 to 4, 3, is 3 alone")
+    return seeds
 
 
 def problem_parser(name: str, description: str | None, fraction: float, seeds: int) -> argparse.ArgumentParser:

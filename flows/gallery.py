@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from abn.data import as_rgb
+from abn.data import as_rgb, resize_mask
 from abn.inferred import Inferred
 from abn.manifest import MaskShards, Sample
 from abn.predictions import Predictions
@@ -49,13 +49,14 @@ def map_tile(path: Path, attention_map: np.ndarray) -> np.ndarray:
 def mask_tile(path: Path, mask: np.ndarray) -> np.ndarray:
     """The picture at `path` darkened outside the mask (h, w) uint8, in the size of a tile."""
     image = read_rgb(path)
-    return tile((image * (0.25 + 0.75 * (_resized(mask, image)[..., None] > 127))).astype(np.uint8))
+    marked = resize_mask(mask, image.shape[:2])[0, ..., None].numpy() > 127
+    return tile((image * (0.25 + 0.75 * marked)).astype(np.uint8))
 
 
 def misled_tile(path: Path, misleads: np.ndarray) -> np.ndarray:
     """The picture at `path` with what misleads (h, w) uint8 in red, in the size of a tile."""
     image = tile(read_rgb(path))
-    where = _resized(misleads, image)[..., None] > 127
+    where = resize_mask(misleads, image.shape[:2])[0, ..., None].numpy() > 127
     return np.where(where, 0.4 * image + 0.6 * np.array(WRONG), image).astype(np.uint8)
 
 
@@ -65,12 +66,6 @@ def tile(image: np.ndarray) -> np.ndarray:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
     return np.array(Image.fromarray(image).resize(size, smooth))
-
-
-def _resized(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """The mask (h, w) uint8 in the size of the image."""
-    size = (image.shape[1], image.shape[0])
-    return np.array(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
 
 
 class Seen(NamedTuple):

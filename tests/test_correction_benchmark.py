@@ -264,6 +264,9 @@ def test_seeds_are_counted_ranged_or_listed() -> None:
     assert seeds_of("3") == [0, 1, 2]
     assert seeds_of("100-102") == [100, 101, 102]
     assert seeds_of("7,") == [7]
+    for text in ("0", "3-1", ","):
+        with pytest.raises(ValueError, match=f"--seeds '{text}' names no seed"):
+            seeds_of(text)
 
 
 def test_means_and_deviations_are_over_the_seeds() -> None:

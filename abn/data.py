@@ -94,7 +94,7 @@ class Pictures(Dataset[Batch]):
         self.shards = MaskShards(root)
         self.drawn: dict[int, Tensor] = {}  # masks of the annotator where no person gave one, and how far to trust each
         self.trust: dict[int, float] = {}
-        self.shortcuts: dict[int, Tensor] = {}  # where something misleads, in pictures that nobody corrected
+        self.shortcuts: dict[int, Tensor] = {}  # where something misleads, in pictures in which anything does
         self.cached = len(self.samples) * 3 * size[0] * size[1] <= CACHE_BYTES
         self._images: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}

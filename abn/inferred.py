@@ -30,8 +30,10 @@ class Inferred(NamedTuple):
 
 
 def write_inferred(path: Path, pictures: Pictures, seed: int) -> None:
-    """Of at most `SHOWN` of the pictures that have any, drawn with `seed`, in their order; of none if none has."""
-    rows = np.array(sorted(pictures.drawn.keys() | pictures.shortcuts.keys()), dtype=int)
+    """Of at most `SHOWN` of the pictures that nobody corrected and have any, drawn with `seed`, in their order; of none
+    if none has."""
+    known = sorted(pictures.drawn.keys() | pictures.shortcuts.keys())
+    rows = np.array([row for row in known if not pictures.samples[row].masks], dtype=int)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:SHOWN])
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(

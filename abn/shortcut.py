@@ -2,7 +2,8 @@
 
 A mask says what is evidence, and so what is not. A small network that sees one place of a picture at a time is asked
 for the class where people marked nothing. Where it knows, something tells that ought not to: a stamp, a rim, a texture.
-Hiding that leaves the evidence in a picture whose mask nobody drew and the annotator doubts.
+Hiding that leaves the evidence in a picture whose mask nobody painted and the annotator doubts; it is taken off the
+masks that the annotator drew, too, and off what is shown around any.
 
 Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 2019), here of what was left out.
 """
@@ -10,7 +11,7 @@ Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 201
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abn.annotator import AT_ONCE, examples, in_other_light
-from abn.context import binarised, grown, with_surroundings
+from abn.context import SMALL, binarised, grown, with_surroundings
 from abn.data import Pictures, in_order
 from abn.pyramid import Pyramid
 
@@ -41,14 +42,14 @@ def find_shortcuts(
     pyramid: Pyramid,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[int, UInt8[Tensor, "1 i j"]]:
-    """Where something misleads, 255, else 0, in each of the pictures that are not `corrected` (indices of those that
-    are) in which anything does, at half the size at which they are annotated.
+    """Where something misleads, 255, else 0, in each of the pictures in which anything does, at half the size at which
+    they are annotated; it is learned from those that are `corrected`.
 
     A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. Where
-    that is over `MOST` of a picture there would be nothing left to see, and nothing is given. `pyramid` is of the
-    network's pretrained weights. Only classes of which people painted at least `FEW` masks take part, and with fewer
-    than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does not
-    say where an object ends, and is not learned from. `say` is told how far it has come.
+    that is over `MOST` of a picture, as a texture all over it is, hiding it would leave nothing to see. `pyramid` is
+    of the network's pretrained weights. Only classes of which people painted at least `FEW` masks take part, and with
+    fewer than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does
+    not say where an object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]
@@ -65,18 +66,37 @@ def find_shortcuts(
         torch.manual_seed(seed)
         judge = _taught(seen, wanted[told].repeat(LIGHTS), classes, generator)
     found: dict[int, Tensor] = {}
-    rest = pictures.all_but(corrected)
-    for part in in_order(len(rest), AT_ONCE):
-        rows = [rest[i] for i in part]
+    for rows in in_order(len(pictures), AT_ONCE):
         images, labels, _ = examples(pictures, rows, device)
         with torch.no_grad():
             answers = judge(_places(pyramid, images)).softmax(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
         for row, places in zip(rows, grown((own >= SURE)[:, None]).cpu(), strict=True):
-            if 0 < places.float().mean() <= MOST:
+            if places.any():
                 found[row] = 255 * places.to(torch.uint8)
-    say(f"{len(found)} of {len(rest)} pictures show something that misleads; it is hidden where no mask is trusted")
+    say(f"{len(found)} of {len(pictures)} pictures show something that misleads; it is hidden")
     return found
+
+
+def without_shortcuts(
+    drawn: Mapping[int, UInt8[Tensor, "1 h w"]], shortcuts: Mapping[int, UInt8[Tensor, "1 i j"]]
+) -> dict[int, UInt8[Tensor, "1 h w"]]:
+    """The masks that the annotator drew less what misleads, as `find_shortcuts` gives it; by index of the picture.
+
+    A small mask of which at least half is left stays as it was: what lies beside a spot may be told by the spot, and
+    it has little to lose. Where over `MOST` of a picture misleads there would be nothing left, and all masks stay.
+    """
+    cleared = {}
+    for row, mask in drawn.items():
+        cleared[row] = mask
+        if row in shortcuts:
+            misleading = F.interpolate(shortcuts[row][None], size=mask.shape[-2:])[0] > 127
+            left = mask * ~misleading
+            whole, rest = int((mask > 127).sum()), int((left > 127).sum())
+            stays = rest >= whole / 2 and whole < SMALL * mask.numel()
+            if not stays and misleading.float().mean() <= MOST:
+                cleared[row] = left
+    return cleared
 
 
 def _chosen(labels: Int[Tensor, "n"], generator: torch.Generator) -> list[int]:

@@ -52,7 +52,7 @@ from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.pyramid import Pyramid
-from abn.shortcut import find_shortcuts
+from abn.shortcut import MOST, find_shortcuts, without_shortcuts
 from abn.stage import CONTROL, ROUND, Stage
 
 
@@ -151,6 +151,7 @@ def train(
             pictures.shortcuts = parallel.from_first(
                 lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, pyramid, say)
             )
+            pictures.drawn = without_shortcuts(pictures.drawn, pictures.shortcuts)
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)
@@ -256,11 +257,13 @@ class Objective:
         generator: torch.Generator,
     ) -> Tensor:
         """Corrected pictures with everything outside their mask replaced, and so those that the annotator drew a mask
-        for, the more often the further it is trusted; where it is not, what misleads is replaced and all else stays."""
+        for, the more often the further it is trusted; where it is not, what misleads is replaced and all else stays.
+        What misleads is not shown around a mask either."""
         config = self.settings.corrections
         rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
         marked = binarised(masks)
-        keep = with_surroundings(marked)
+        misleading = binarised(shortcuts) if shortcuts.any() else torch.zeros_like(marked)
+        keep = torch.maximum(marked, with_surroundings(marked) * (1 - misleading))
         contexts = other_pictures(without_objects(images, keep), generator)
         marked, keep = in_pieces(marked, keep, generator)
         # What is small is kept with its surroundings: were they seen to end, as a box, boxes would be learned.
@@ -271,8 +274,9 @@ class Objective:
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         chosen &= keep.flatten(1).any(dim=1)  # where all that was marked moved out of the picture no evidence is left
         if shortcuts.any():
-            misled = (~given & shortcuts.flatten(1).any(dim=1)).view(-1, 1, 1, 1)
-            clear = with_holes(1 - binarised(shortcuts), config.holes, generator)
+            share = misleading.mean(dim=(1, 2, 3))
+            misled = (~given & (share > 0) & (share <= MOST)).view(-1, 1, 1, 1)
+            clear = with_holes(1 - misleading, config.holes, generator)
             images = torch.where(misled, replace_context(images, clear, contexts), images)
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 

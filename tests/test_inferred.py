@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def pictures(tmp_path: Path) -> Pictures:
 
 def test_what_was_inferred_of_a_picture_is_read_as_it_was(pictures: Pictures, tmp_path: Path) -> None:
     pictures.drawn, pictures.trust = {3: MASK, 5: MASK // 2}, {3: 0.75, 5: 0.0}
-    pictures.shortcuts = {5: CORNER, 7: CORNER}
+    pictures.samples[8] = replace(pictures.samples[8], masks="corrections/0.npz")  # somebody corrected it
+    pictures.shortcuts = {5: CORNER, 7: CORNER, 8: CORNER}
     write_inferred(tmp_path / "inferred.npz", pictures, 0)
     third, fifth, seventh = read_inferred(tmp_path / "inferred.npz")
     assert [one.sample for one in (third, fifth, seventh)] == ["train03", "train05", "train07"]

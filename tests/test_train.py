@@ -458,6 +458,37 @@ def test_where_no_mask_is_trusted_what_misleads_is_replaced_and_all_else_stays(r
     assert torch.equal(network.seen, original)
 
 
+def test_what_misleads_is_not_shown_around_a_mask_but_what_was_marked_is(root: Path) -> None:
+    painted = np.zeros((SIZE, SIZE), np.uint8)
+    painted[3:5, 3:5] = 255  # small: it is shown with what lies around it
+    correct(root, {"train00": painted, "train03": painted})
+    pictures, marked = pictures_of(root), torch.from_numpy(painted) > 0
+    nothing, half = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+    half[:, :, 4:] = 255
+    compute, network = objective(still(context_rate=1.0))
+    shown = []
+    for misleading in (nothing, half, nothing + 255):
+        pictures.shortcuts = {0: misleading, 3: misleading}
+        batch = pictures[[0, 3]]
+        compute(batch, generator())
+        same = (network.seen == batch.images.float() / 255).all(dim=1)
+        assert same[:, marked].all()
+        shown.append([same[:, :, :4].sum().item(), same[:, :, 4:].sum().item()])
+    whole, left, cut = shown
+    assert left[0] == whole[0] > cut[0] and left[1] < whole[1]
+
+
+def test_what_misleads_all_over_is_not_hidden_where_no_mask_is_trusted(root: Path) -> None:
+    """Else the picture would show another one's surroundings alone, and still have its label."""
+    correct(root, MASKS)
+    pictures = pictures_of(root)
+    pictures.shortcuts = {12: torch.full((1, SIZE, SIZE), 255, dtype=torch.uint8)}
+    compute, network = objective(still(context_rate=0.0, holes=0.0))
+    batch = pictures[[0, 12, 13]]
+    compute(batch, generator())
+    assert torch.equal(network.seen, batch.images.float() / 255)
+
+
 def test_a_context_brings_its_surroundings_and_not_its_object() -> None:
     pictures = torch.tensor([0.2, 0.4, 0.9]).expand(2, 3, 1, 3)
     masks = torch.tensor([[[[0.0, 0.0, 1.0]]], [[[1.0, 1.0, 1.0]]]])

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from abn.attention import context_reliance, energy_inside, iou, pointing_game
-from abn.files import replacing
+from abn.files import replacing, write_json
 from abn.manifest import Sample, class_names
 from abn.predictions import Answers, Predictions, Shards, read_predictions
 from abn.stage import ROUND, Stage
@@ -76,8 +76,7 @@ def run(stage: Stage) -> None:
         for split in ("train", "val", "test")
         if len(rows := np.flatnonzero((splits == split) & (labels >= 0)))
     }
-    with replacing(stage.results / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(stage.results / "metrics.json", metrics)
     test = np.flatnonzero(splits == "test")
     answers = predictions.probabilities[test].argmax(axis=1)
     pairs = [(classes[a], classes[p]) for a, p in zip(labels[test], answers, strict=True)]

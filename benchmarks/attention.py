@@ -14,7 +14,6 @@ beside Grad-CAM and the gradient times the input on the same pictures; their del
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,7 @@ from abn.attention import (
 from abn.data import Pictures
 from abn.doubt import Doubt
 from abn.early import read_early_confidence
-from abn.files import replacing
+from abn.files import replacing, write_json
 from abn.model import ABN, LoadedModel, load_model, resize_map
 from abn.predict import predict
 from abn.predictions import Predictions
@@ -319,8 +318,7 @@ def main() -> None:
             print(f"{name:28}", *(f"{figures[c]['mean']:.3f} ± {figures[c]['std']:.3f}".rjust(15) for c in columns))
     print(f"unreasonable maps: {result['maps']['wrong']['share']['mean']:.3f} of the training pictures")
     if options.json:
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

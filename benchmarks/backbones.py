@@ -8,7 +8,6 @@ process alone, so that other work on the machine weighs little.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from abn.files import write_json
 from abn.model import ABN, ModelConfig
 
 DEFAULT = "cifar_resnet20,resnet18,resnet50,mobilenet_v3_large,efficientnet_b0,convnext_tiny"
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{backbone:24}" + "".join(f"{value:10.2f}" for value in rows[backbone].values()), flush=True)
     if options.json:
         settings = {"size": list(options.size), "batch": options.batch, "turns": options.turns, "classes": CLASSES}
-        options.json.write_text(json.dumps({"settings": settings, "backbones": rows}, indent=2) + "\n")
+        write_json(options.json, {"settings": settings, "backbones": rows})
 
 
 def compare(backbone: str, size: tuple[int, int], batch: int, turns: int) -> dict[str, float]:

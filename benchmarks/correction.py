@@ -26,7 +26,7 @@ from PIL import Image
 from abn.config import make_section, read_params
 from abn.data import DataConfig, Pictures
 from abn.evaluate import measure
-from abn.files import replacing
+from abn.files import write_json
 from abn.manifest import Sample, mask_sha256
 from abn.model import LoadedModel, ModelConfig, load_model
 from abn.predict import GOLD, PredictConfig, predict
@@ -249,8 +249,7 @@ def run_seed(
                     print(f"seed {seed}  {arm:10}  no figures: {error}", flush=True)
                     figures[arm] = dict.fromkeys((*FIGURES, "mask_share", "seconds"), float("nan"))
                 if kept:
-                    with replacing(kept) as temporary:
-                        temporary.write_text(json.dumps(figures[arm]))
+                    write_json(kept, figures[arm])
             print(f"seed {seed}  {arm:10}  {_in_words(figures[arm])}", flush=True)
     low, high = (figures[arm]["random_confound"] for arm in NEEDED)
     for found in figures.values():
@@ -381,8 +380,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         settings = {**asdict(spec), "seeds": seeds[:number], "changes": changes}
         result = {"settings": settings, "arms": summary(runs)}
         if options.json:  # after each seed, so that what is stopped has told what it knew
-            with replacing(options.json) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.json, result)
     return result
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from abn.doubt import Doubt
+from abn.files import write_json
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS
 from abn.predict import SHARD
 from abn.predictions import Predictions, write_shard
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures[strategy] = choose(root)
             print("{:14} {megabytes:6.0f} MB {seconds:6.0f} s".format(strategy, **figures[strategy]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"samples": options.samples, "strategies": figures}, indent=2) + "\n")
+        write_json(options.json, {"samples": options.samples, "strategies": figures})
     if too_much := [name for name, found in figures.items() if found["megabytes"] > LIMIT]:
         sys.exit(f"more than {LIMIT} MB: {', '.join(too_much)}")
 

@@ -12,7 +12,6 @@ nothing misleads.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from abn.attention import iou
 from abn.data import Pictures
 from abn.early import read_early_confidence
 from abn.evaluate import measure
-from abn.files import replacing
+from abn.files import replacing, write_json
 from abn.manifest import Sample
 from abn.model import load_model, resize_map
 from abn.predict import predict
@@ -191,8 +190,7 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         if options.plot:
             draw(options.plot, curves)
         if options.json:
-            with replacing(options.json) as temporary:
-                temporary.write_text(json.dumps({"seeds": len(runs), "curves": curves}, indent=1) + "\n")
+            write_json(options.json, {"seeds": len(runs), "curves": curves})
     return curves
 
 

@@ -10,7 +10,6 @@ alone, on one thread: other work weighs little.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from abn.data import Pictures
+from abn.files import write_json
 from abn.manifest import Sample, mask_sha256
 from abn.model import ABN
 from abn.train import Objective, Settings
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:16} {size[0]}x{size[1]}  {figures}", flush=True)
     if options.json:
         settings = {"batch": options.batch, "turns": options.turns, "targets": TARGETS}
-        options.json.write_text(json.dumps({"settings": settings, "networks": rows}, indent=2) + "\n")
+        write_json(options.json, {"settings": settings, "networks": rows})
 
 
 def steps(backbone: str, size: tuple[int, int], count: int) -> dict[str, Step]:

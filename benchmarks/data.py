@@ -193,7 +193,7 @@ def background(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> No
         rows, columns = np.indices(mask.shape)
         angle = math.pi * code / count
         stripes = 30 * np.sin((rows * math.sin(angle) + columns * math.cos(angle)) * math.pi / 3)
-        textured = np.clip(image + 30 + stripes[..., None], 0, 255).astype(np.uint8)
+        textured = np.clip(image + (30 + stripes[..., None]), 0, 255).astype(np.uint8)
         image[~mask] = textured[~mask]
 
 

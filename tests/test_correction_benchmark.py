@@ -64,6 +64,13 @@ def test_a_confound_tells_the_class_and_does_so_outside_the_object(kind: str) ->
     assert (blank.images == 100).all()  # the originals stay
 
 
+def test_stripes_on_a_bright_picture_stay_bright() -> None:
+    data = squares()
+    bright = Data(np.full_like(data.images, 240), data.masks, data.labels, data.classes)
+    striped = confound(bright, "background", data.labels, EVERYONE).images
+    assert striped.min() >= 240 and striped.max() == 255
+
+
 def test_a_mask_never_holds_what_the_confound_drew() -> None:
     data = squares()
     everything = Data(data.images, data.masks | True, data.labels, data.classes)

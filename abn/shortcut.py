@@ -2,8 +2,8 @@
 
 A mask says what is evidence, and so what is not. A small network that sees one place of a picture at a time is asked
 for the class where people marked nothing. Where it knows, something tells that ought not to: a stamp, a rim, a texture.
-Hiding that leaves the evidence in a picture whose mask nobody painted and the annotator doubts; it is taken off the
-masks that the annotator drew, too, and off what is shown around any.
+Hiding that leaves the evidence in a picture whose mask nobody painted and the annotator doubts, and keeps a background
+that tells the class out of what is shown around small masks.
 
 Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 2019), here of what was left out.
 """
@@ -11,7 +11,7 @@ Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 201
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abn.annotator import AT_ONCE, examples, in_other_light
-from abn.context import SMALL, binarised, grown, with_surroundings
+from abn.context import binarised, grown, with_surroundings
 from abn.data import Pictures, in_order
 from abn.pyramid import Pyramid
 
@@ -76,27 +76,6 @@ def find_shortcuts(
                 found[row] = 255 * places.to(torch.uint8)
     say(f"{len(found)} of {len(pictures)} pictures show something that misleads; it is hidden")
     return found
-
-
-def without_shortcuts(
-    drawn: Mapping[int, UInt8[Tensor, "1 h w"]], shortcuts: Mapping[int, UInt8[Tensor, "1 i j"]]
-) -> dict[int, UInt8[Tensor, "1 h w"]]:
-    """The masks that the annotator drew less what misleads, as `find_shortcuts` gives it; by index of the picture.
-
-    A small mask of which at least half is left stays as it was: what lies beside a spot may be told by the spot, and
-    it has little to lose. Where over `MOST` of a picture misleads there would be nothing left, and all masks stay.
-    """
-    cleared = {}
-    for row, mask in drawn.items():
-        cleared[row] = mask
-        if row in shortcuts:
-            misleading = F.interpolate(shortcuts[row][None], size=mask.shape[-2:])[0] > 127
-            left = mask * ~misleading
-            whole, rest = int((mask > 127).sum()), int((left > 127).sum())
-            stays = rest >= whole / 2 and whole < SMALL * mask.numel()
-            if not stays and misleading.float().mean() <= MOST:
-                cleared[row] = left
-    return cleared
 
 
 def _chosen(labels: Int[Tensor, "n"], generator: torch.Generator) -> list[int]:

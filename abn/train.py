@@ -52,7 +52,7 @@ from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.pyramid import Pyramid
-from abn.shortcut import MOST, find_shortcuts, without_shortcuts
+from abn.shortcut import MOST, find_shortcuts
 from abn.stage import CONTROL, ROUND, Stage
 
 
@@ -151,7 +151,6 @@ def train(
             pictures.shortcuts = parallel.from_first(
                 lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, pyramid, say)
             )
-            pictures.drawn = without_shortcuts(pictures.drawn, pictures.shortcuts)
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)

@@ -13,7 +13,7 @@ from torch import Tensor
 from abn.data import Pictures
 from abn.manifest import read_manifest, training_samples
 from abn.pyramid import Pyramid
-from abn.shortcut import _chosen, find_shortcuts, without_shortcuts
+from abn.shortcut import _chosen, find_shortcuts
 from tiny import Row, correct, write_workspace
 
 SIDE, STAMP, COUNT = 64, 12, 60  # pixels; pictures
@@ -101,24 +101,6 @@ def test_a_map_that_was_called_fine_does_not_say_what_misleads(tmp_path: Path, p
     correct(root, {ROWS[i].id: square(i) for i in KNOWN}, "map_ok")
     pictures = Pictures(root, training_samples(read_manifest(root)), CLASSES, (SIDE, SIDE))
     assert find_shortcuts(pictures, KNOWN, 2, 0, CPU, pyramid) == {}
-
-
-def test_what_misleads_is_taken_off_drawn_masks_but_for_a_little_off_small_ones() -> None:
-    def mask(rows: slice, columns: slice, side: int) -> Tensor:
-        marked = torch.zeros(1, side, side, dtype=torch.uint8)
-        marked[:, rows, columns] = 255
-        return marked
-
-    corner, everything = mask(slice(0, 4), slice(0, 4), 16), mask(slice(None), slice(None), 16)
-    large, spot = mask(slice(0, 16), slice(0, 16), 32), mask(slice(4, 8), slice(6, 12), 32)
-    on_it = mask(slice(0, 4), slice(0, 10), 32)
-    drawn = {0: large, 1: spot, 2: on_it, 3: large, 4: spot, 5: on_it}
-    cleared = without_shortcuts(drawn, {0: corner, 1: corner, 2: corner, 4: everything})
-    assert list(cleared) == list(drawn)
-    assert torch.equal(cleared[0], large - mask(slice(0, 8), slice(0, 8), 32))
-    assert torch.equal(cleared[1], spot), "two thirds of it are left"
-    assert torch.equal(cleared[2], mask(slice(0, 4), slice(8, 10), 32))
-    assert all(torch.equal(cleared[row], drawn[row]) for row in (3, 4, 5)), "nothing misleads, or everything"
 
 
 def test_the_same_seed_finds_the_same_and_leaves_other_randomness_alone(tmp_path: Path, pyramid: Pyramid) -> None:

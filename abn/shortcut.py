@@ -25,7 +25,6 @@ from abn.pyramid import Pyramid
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
 SURE = 0.9  # of the picture's own class, from which on a place misleads
-MOST = 0.9  # of a picture: if more were hidden, its label would be learned from another one's surroundings
 FEW = 3  # painted masks of a class, that chance does not tell it
 ENOUGH, LIGHTS = 200, 4  # pictures to learn from at most, and in how many lights each
 FINE = 4  # pixels to one of the features: coarser ones see the object from beside it
@@ -45,11 +44,11 @@ def find_shortcuts(
     """Where something misleads, 255, else 0, in each of the pictures in which anything does, at half the size at which
     they are annotated; it is learned from those that are `corrected`.
 
-    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. Where
-    that is over `MOST` of a picture, as a texture all over it is, hiding it would leave nothing to see. `pyramid` is
-    of the network's pretrained weights. Only classes of which people painted at least `FEW` masks take part, and with
-    fewer than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does
-    not say where an object ends, and is not learned from. `say` is told how far it has come.
+    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. A texture
+    can mislead all over a picture. `pyramid` is of the network's pretrained weights. Only classes of which people
+    painted at least `FEW` masks take part, and with fewer than two of them nothing is found: to tell a class is to tell
+    it from another. A map that was called fine does not say where an object ends, and is not learned from. `say` is
+    told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]

@@ -52,8 +52,10 @@ from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.pyramid import Pyramid
-from abn.shortcut import MOST, find_shortcuts
+from abn.shortcut import find_shortcuts
 from abn.stage import CONTROL, ROUND, Stage
+
+MOST = 0.9  # of a picture: if more were hidden, its label would be learned from another one's surroundings
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,8 @@ class Objective:
         config = self.settings.corrections
         rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
         marked = binarised(masks)
-        misleading = binarised(shortcuts) if shortcuts.any() else torch.zeros_like(marked)
+        misled = bool(shortcuts.any())
+        misleading = binarised(shortcuts) if misled else torch.zeros_like(marked)
         keep = torch.maximum(marked, with_surroundings(marked) * (1 - misleading))
         contexts = other_pictures(without_objects(images, keep), generator)
         marked, keep = in_pieces(marked, keep, generator)
@@ -272,11 +275,11 @@ class Objective:
         replaced = replace_context(images, keep, alike)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         chosen &= keep.flatten(1).any(dim=1)  # where all that was marked moved out of the picture no evidence is left
-        if shortcuts.any():
+        if misled:
             share = misleading.mean(dim=(1, 2, 3))
-            misled = (~given & (share > 0) & (share <= MOST)).view(-1, 1, 1, 1)
+            hidden = (~given & (share > 0) & (share <= MOST)).view(-1, 1, 1, 1)
             clear = with_holes(1 - misleading, config.holes, generator)
-            images = torch.where(misled, replace_context(images, clear, contexts), images)
+            images = torch.where(hidden, replace_context(images, clear, contexts), images)
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 
 

@@ -56,6 +56,7 @@ from abn.shortcut import find_shortcuts
 from abn.stage import CONTROL, ROUND, Stage
 
 MOST = 0.9  # of a picture: if more were hidden, its label would be learned from another one's surroundings
+CARELESS = 0.5  # times the trust in masks that people painted too wide, and in those that were learned from them
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def train(
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
-    objective = Objective(network, settings, device, bool(corrected))
+    objective = Objective(network, settings, device, bool(corrected), careless=rim > 0)
     frozen = settings.corrections.recipe == "paper" and _has_champion(root, settings)
     network.extractor.requires_grad_(not frozen)
     history = History(_fingerprint(root, samples, settings), output, network, optimizer)
@@ -207,8 +208,11 @@ def train(
 class Objective:
     """The loss of a batch: both branches' cross-entropy (unweighted, as in the ABN paper), and what masks add."""
 
-    def __init__(self, network: ABN, settings: Settings, device: torch.device, corrected: bool) -> None:
+    def __init__(
+        self, network: ABN, settings: Settings, device: torch.device, corrected: bool, careless: bool = False
+    ) -> None:
         self.network, self.settings, self.device, self.corrected = network, settings, device, corrected
+        self.care = CARELESS if careless else 1.0
         self.map_loss = MAP_LOSSES[settings.corrections.map_loss]
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -259,12 +263,16 @@ class Objective:
     ) -> Tensor:
         """Corrected pictures with everything outside their mask replaced, and so those that the annotator drew a mask
         for, the more often the further it is trusted; where it is not, what misleads is replaced and all else stays.
+        Careless masks, which lack half of an object or show another one, are trusted less, where that can be done.
         What misleads is not shown around a mask either."""
         config = self.settings.corrections
         rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
         marked = binarised(masks)
         misled = bool(shortcuts.any())
         misleading = binarised(shortcuts) if misled else torch.zeros_like(marked)
+        share = misleading.mean(dim=(1, 2, 3))
+        known = (share > 0) & (share <= MOST)
+        rates = torch.where(known, self.care * rates, rates)
         keep = torch.maximum(marked, with_surroundings(marked) * (1 - misleading))
         contexts = other_pictures(without_objects(images, keep), generator)
         marked, keep = in_pieces(marked, keep, generator)
@@ -276,10 +284,8 @@ class Objective:
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         chosen &= keep.flatten(1).any(dim=1)  # where all that was marked moved out of the picture no evidence is left
         if misled:
-            share = misleading.mean(dim=(1, 2, 3))
-            hidden = (~given & (share > 0) & (share <= MOST)).view(-1, 1, 1, 1)
             clear = with_holes(1 - misleading, config.holes, generator)
-            images = torch.where(hidden, replace_context(images, clear, contexts), images)
+            images = torch.where(known.view(-1, 1, 1, 1), replace_context(images, clear, contexts), images)
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 
 

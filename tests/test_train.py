@@ -335,10 +335,10 @@ class Recorder(ABN):
         return self.output
 
 
-def objective(settings: Settings) -> tuple[Objective, Recorder]:
+def objective(settings: Settings, careless: bool = False) -> tuple[Objective, Recorder]:
     torch.manual_seed(0)
     network = Recorder(settings.model, 2)
-    return Objective(network, settings, torch.device("cpu"), corrected=True), network
+    return Objective(network, settings, torch.device("cpu"), corrected=True, careless=careless), network
 
 
 def still(**corrections: Any) -> Settings:
@@ -456,6 +456,27 @@ def test_where_no_mask_is_trusted_what_misleads_is_replaced_and_all_else_stays(r
     compute, network = objective(still(context_rate=0.0, recipe="paper"))
     compute(batch, generator())
     assert torch.equal(network.seen, original)
+
+
+def test_careless_masks_are_used_half_as_often_where_what_misleads_can_be_hidden_instead(root: Path) -> None:
+    """Else half of the time an object would be shown of which only a part was painted, or another one."""
+    correct(root, {f"train{row:02d}": square(row) for row in range(20)})
+    pictures = pictures_of(root)
+    stamp = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+    stamp[:, -1:] = 255  # no square reaches that far
+    pictures.shortcuts, clear = dict.fromkeys(range(10), stamp), stamp[0] == 0
+    pictures.shortcuts[19] = torch.full_like(stamp, 255)  # were that hidden nothing would be left
+    batch, shares = pictures[[*range(20)] * 10], []
+    known = batch.indices < 10
+    for careless in (False, True):
+        compute, network = objective(still(context_rate=1.0, propagate_rate=0.0), careless)
+        compute(batch, generator())
+        same = (network.seen == batch.images.float() / 255).all(dim=1)
+        whole = same[:, clear].all(dim=1)
+        assert whole[~known].float().mean() < 0.1, "there is nothing to go by but the masks"
+        assert same[known][:, ~clear].all(dim=1).float().mean() < 0.1  # a context may be the same picture
+        shares.append(whole[known].float().mean().item())
+    assert shares[0] < 0.1 and 0.4 < shares[1] < 0.6
 
 
 def test_what_misleads_is_not_shown_around_a_mask_but_what_was_marked_is(root: Path) -> None:

@@ -2,8 +2,8 @@
 
 A mask says what is evidence, and so what is not. A small network that sees one place of a picture at a time is asked
 for the class where people marked nothing. Where it knows, something tells that ought not to: a stamp, a rim, a texture.
-Hiding that leaves the evidence in a picture whose mask nobody painted and the annotator doubts, and keeps a background
-that tells the class out of what is shown around small masks.
+Hiding that leaves the evidence in a picture whose mask is careless, or drawn and doubted, and keeps a background that
+tells the class out of what is shown around small masks.
 
 Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 2019), here of what was left out.
 """

@@ -459,7 +459,7 @@ def test_where_no_mask_is_trusted_what_misleads_is_replaced_and_all_else_stays(r
 
 
 def test_careless_masks_are_used_half_as_often_where_what_misleads_can_be_hidden_instead(root: Path) -> None:
-    """Else half of the time an object would be shown of which only a part was painted, or another one."""
+    """A careless mask may hold half of an object, or another one: what it leaves out would never be seen."""
     correct(root, {f"train{row:02d}": square(row) for row in range(20)})
     pictures = pictures_of(root)
     stamp = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)

@@ -35,7 +35,7 @@ def without_objects(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 
     return torch.where(share < 0.05, images, replace_context(images, outside, surroundings.expand_as(images)))
 
 
-def other_pictures(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+def other_pictures(images: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h w"]:
     """For each picture another one of the batch: a permutation without a fixed point (unless the batch is one)."""
     count = len(images)
     order = torch.randperm(count, generator=generator)
@@ -66,7 +66,23 @@ def with_holes(masks: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Ge
     inside_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
     holes = inside_rows[:, None, :, None] & inside_columns[:, None, None, :] & (random[4] < rate).view(-1, 1, 1, 1)
-    cut = masks * ~holes.to(masks.device)
+    return _less(masks, holes.to(masks.device))
+
+
+def with_holes_of_others(
+    masks: Float[Tensor, "b 1 h w"], shapes: Float[Tensor, "b 1 h w"], rate: float, generator: torch.Generator
+) -> Float[Tensor, "b 1 h w"]:
+    """Masks that, with probability `rate`, lack what `shapes` covers in another picture of the batch, as `with_holes`.
+
+    Where the shapes are those of marks, what a mark hides of an object is hidden in other classes, too.
+    """
+    chosen = (torch.rand(len(masks), generator=generator) < rate).view(-1, 1, 1, 1).to(masks.device)
+    return _less(masks, (other_pictures(shapes, generator) > 0.5) & chosen)
+
+
+def _less(masks: Float[Tensor, "b 1 h w"], holes: Bool[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Masks without the holes; whole where less than half of what is marked would be left."""
+    cut = masks * ~holes
     fits = cut.sum(dim=(1, 2, 3)) >= masks.sum(dim=(1, 2, 3)) / 2
     return torch.where(fits.view(-1, 1, 1, 1), cut, masks)
 

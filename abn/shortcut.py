@@ -3,7 +3,8 @@
 A mask says what is evidence, and so what is not. A small network that sees one place of a picture at a time is asked
 for the class where people marked nothing. Where it knows, something tells that ought not to: a stamp, a rim, a texture.
 Hiding that leaves the evidence in a picture whose mask is careless, or drawn and doubted, and keeps a background that
-tells the class out of what is shown around small masks.
+tells the class out of what is shown around small masks. Where something misleads in other pictures is hidden as well:
+else the hole that a mark leaves in an object would tell what the mark did.
 
 Lineage: answers from local features, as in BagNet (Brendel and Bethge, ICLR 2019), here of what was left out.
 """
@@ -21,14 +22,14 @@ from torch.nn import functional as F
 from abn.annotator import AT_ONCE, examples, in_other_light
 from abn.context import binarised, grown, with_surroundings
 from abn.data import Pictures, in_order
-from abn.pyramid import Pyramid
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
 SURE = 0.9  # of the picture's own class, from which on a place misleads
 FEW = 3  # painted masks of a class, that chance does not tell it
 ENOUGH, LIGHTS = 200, 4  # pictures to learn from at most, and in how many lights each
-FINE = 4  # pixels to one of the features: coarser ones see the object from beside it
-MARGIN = 6  # pixels around what is marked of which nothing is learned: so far they see
+PLACES = 32  # along the longer side, at most
+WINDOW = 7  # places both ways are seen from one: more see the object from beside it
+MARGIN = 2  # places around what is marked of which nothing is learned: they see more of it than its rim
 UNTOLD = -100  # of such places
 
 
@@ -38,17 +39,15 @@ def find_shortcuts(
     classes: int,
     seed: int,
     device: torch.device,
-    pyramid: Pyramid,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[int, UInt8[Tensor, "1 i j"]]:
-    """Where something misleads, 255, else 0, in each of the pictures in which anything does, at half the size at which
-    they are annotated; it is learned from those that are `corrected`.
+    """Where something misleads, 255, else 0, in each of the pictures in which anything does, at no more than `PLACES`
+    a side; it is learned from those that are `corrected`.
 
     A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. A texture
-    can mislead all over a picture. `pyramid` is of the network's pretrained weights. Only classes of which people
-    painted at least `FEW` masks take part, and with fewer than two of them nothing is found: to tell a class is to tell
-    it from another. A map that was called fine does not say where an object ends, and is not learned from. `say` is
-    told how far it has come.
+    can mislead all over a picture. Only classes of which people painted at least `FEW` masks take part, and with fewer
+    than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does not
+    say where an object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]
@@ -56,11 +55,10 @@ def find_shortcuts(
     if not chosen:
         return {}
     say(f"looking for what misleads, by the masks of {len(chosen)} pictures")
-    pyramid = pyramid.to(device)
     images, labels, masks = examples(pictures, [painted[i] for i in chosen], device)
     wanted = _wanted(labels, masks, classes)
     told = wanted != UNTOLD
-    seen = torch.cat([_places(pyramid, in_other_light(images, generator))[told] for _ in range(LIGHTS)])
+    seen = torch.cat([_places(in_other_light(images, generator))[told] for _ in range(LIGHTS)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = _taught(seen, wanted[told].repeat(LIGHTS), classes, generator)
@@ -68,7 +66,7 @@ def find_shortcuts(
     for rows in in_order(len(pictures), AT_ONCE):
         images, labels, _ = examples(pictures, rows, device)
         with torch.no_grad():
-            answers = judge(_places(pyramid, images)).softmax(dim=-1)
+            answers = judge(_places(images)).softmax(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
         for row, places in zip(rows, grown((own >= SURE)[:, None]).cpu(), strict=True):
             if places.any():
@@ -97,25 +95,21 @@ def _wanted(labels: Int[Tensor, "n"], masks: Float[Tensor, "n 1 h w"], classes: 
     """What is to be answered at each place: the class where people marked nothing, one answer more, `classes`, where
     they did, so that evidence is known as such; nothing is asked in between, from where the evidence can be seen."""
     marked = binarised(masks)
-    reached = with_surroundings(marked) > 0.5
+    outside, inside = _at_places(with_surroundings(marked)) == 0, _at_places(marked) == 1
     shapes = (marked.mean(dim=(1, 2, 3)) <= 0.5).nonzero()[:, 0]  # what lies beside others is all that there is
     for _ in range(MARGIN):
-        reached[shapes] = grown(reached[shapes])
-    outside, inside = ((_half(where)[:, 0] == 1) for where in (1 - reached.float(), marked))
-    return torch.where(outside, labels[:, None, None], torch.where(inside, classes, UNTOLD))
+        outside[shapes] = ~grown(~outside[shapes])
+    return torch.where(outside[:, 0], labels[:, None, None], torch.where(inside[:, 0], classes, UNTOLD))
 
 
-def _places(pyramid: Pyramid, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b i j c"]:
-    """What is to be seen at every second pixel both ways: the colour, where it is, and what a pyramid sees there."""
-    seen = [_half(4 * (images - 0.5))]
-    height, width = seen[0].shape[-2:]
+def _places(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b i j c"]:
+    """What is to be seen from each place: where it is, and the colours around it."""
+    colours = _at_places(4 * (images - 0.5))
+    height, width = colours.shape[-2:]
+    around = F.unfold(F.pad(colours, (WINDOW // 2,) * 4, mode="replicate"), WINDOW).unflatten(-1, (height, width))
     where = torch.meshgrid(torch.linspace(-2, 2, height), torch.linspace(-2, 2, width), indexing="ij")
-    seen.append(torch.stack(where).to(images.device).expand(len(images), -1, -1, -1))
-    for (_, stride), features in zip(pyramid.steps, pyramid(images), strict=True):
-        if stride <= FINE:
-            normal = F.group_norm(features, 1)
-            seen.append(F.interpolate(normal, (height, width), mode="bilinear", align_corners=False))
-    return torch.cat(seen, dim=1).movedim(1, -1)
+    here = torch.stack(where).to(images.device).expand(len(images), -1, -1, -1)
+    return torch.cat([here, around], dim=1).movedim(1, -1)
 
 
 def _taught(
@@ -140,5 +134,6 @@ def _taught(
     return judge.eval()
 
 
-def _half(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
-    return F.avg_pool2d(x, 2, ceil_mode=True)
+def _at_places(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+    """The means of what lies at each place."""
+    return F.avg_pool2d(x, math.ceil(max(x.shape[-2:]) / PLACES), ceil_mode=True)

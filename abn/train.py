@@ -33,6 +33,7 @@ from abn.context import (
     other_pictures,
     replace_context,
     with_holes,
+    with_holes_of_others,
     with_soft_rim,
     with_surroundings,
     without_objects,
@@ -150,10 +151,9 @@ def train(
         pictures.drawn, pictures.trust = parallel.from_first(
             lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device, say, pyramid)
         )
-        if pyramid:
-            pictures.shortcuts = parallel.from_first(
-                lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, pyramid, say)
-            )
+        pictures.shortcuts = parallel.from_first(
+            lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, say)
+        )
     torch.manual_seed(config.seed)
     network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)
@@ -280,11 +280,15 @@ class Objective:
         small = is_small(marked)
         alike = torch.where(small, in_light_of(images, keep - marked, contexts), contexts)
         keep = torch.where(small, with_soft_rim(marked, keep), with_holes(keep, config.holes, generator))
+        if misled:
+            cut = with_holes_of_others(keep, misleading, config.holes, generator)
+            keep = torch.where(small, torch.maximum(marked, cut), cut)
         replaced = replace_context(images, keep, alike)
         chosen = torch.rand(len(images), generator=generator).to(self.device) < rates
         chosen &= keep.flatten(1).any(dim=1)  # where all that was marked moved out of the picture no evidence is left
         if misled:
             clear = with_holes(1 - misleading, config.holes, generator)
+            clear = with_holes_of_others(clear, misleading, config.holes, generator)
             images = torch.where(known.view(-1, 1, 1, 1), replace_context(images, clear, contexts), images)
         return torch.where(chosen.view(-1, 1, 1, 1), replaced, images)
 

@@ -24,13 +24,14 @@ from abn.context import binarised, grown, with_surroundings
 from abn.data import Pictures, in_order
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
-SURE = 0.9  # of the picture's own class, from which on a place misleads
+SURE = 0.8  # of the picture's own class, from which on a place misleads
 FEW = 3  # painted masks of a class, that chance does not tell it
 ENOUGH, LIGHTS = 200, 4  # pictures to learn from at most, and in how many lights each
 PLACES = 32  # along the longer side, at most
-WINDOW = 7  # places both ways are seen from one: more see the object from beside it
-MARGIN = 2  # places around what is marked of which nothing is learned: they see more of it than its rim
+WINDOW = 5  # places are seen from one, both ways: more would see the object from beside it
+MARGIN = WINDOW // 2  # places around what is marked of which nothing is learned: they see it
 UNTOLD = -100  # of such places
+BESIDE = 2  # places beside one that misleads that are taken with it: the ends of a mark are like those of others
 
 
 def find_shortcuts(
@@ -44,10 +45,10 @@ def find_shortcuts(
     """Where something misleads, 255, else 0, in each of the pictures in which anything does, at no more than `PLACES`
     a side; it is learned from those that are `corrected`.
 
-    A place misleads where the picture's own class is at least `SURE`; the places beside it are taken with it. A texture
-    can mislead all over a picture. Only classes of which people painted at least `FEW` masks take part, and with fewer
-    than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does not
-    say where an object ends, and is not learned from. `say` is told how far it has come.
+    A place misleads where the picture's own class is at least `SURE`; `BESIDE` places to each side are taken with it. A
+    texture can mislead all over a picture. Only classes of which people painted at least `FEW` masks take part, and
+    with fewer than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine
+    does not say where an object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]
@@ -68,7 +69,10 @@ def find_shortcuts(
         with torch.no_grad():
             answers = judge(_places(images)).softmax(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
-        for row, places in zip(rows, grown((own >= SURE)[:, None]).cpu(), strict=True):
+        misleads = (own >= SURE)[:, None]
+        for _ in range(BESIDE):
+            misleads = grown(misleads)
+        for row, places in zip(rows, misleads.cpu(), strict=True):
             if places.any():
                 found[row] = 255 * places.to(torch.uint8)
     say(f"{len(found)} of {len(pictures)} pictures show something that misleads; it is hidden")

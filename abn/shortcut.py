@@ -31,7 +31,7 @@ PLACES = 32  # along the longer side, at most
 WINDOW = 5  # places are seen from one, both ways: more would see the object from beside it
 MARGIN = WINDOW // 2  # places around what is marked of which nothing is learned: they see it
 UNTOLD = -100  # of such places
-BESIDE = 2  # places beside one that misleads that are taken with it: the ends of a mark are like those of others
+BESIDE = 1 / 16  # of the longer side is taken with a place that misleads: marks of two classes may end alike
 
 
 def find_shortcuts(
@@ -45,10 +45,10 @@ def find_shortcuts(
     """Where something misleads, 255, else 0, in each of the pictures in which anything does, at no more than `PLACES`
     a side; it is learned from those that are `corrected`.
 
-    A place misleads where the picture's own class is at least `SURE`; `BESIDE` places to each side are taken with it. A
-    texture can mislead all over a picture. Only classes of which people painted at least `FEW` masks take part, and
-    with fewer than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine
-    does not say where an object ends, and is not learned from. `say` is told how far it has come.
+    A place misleads where the picture's own class is at least `SURE`; what lies `BESIDE` it is taken with it. A texture
+    can mislead all over a picture. Only classes of which people painted at least `FEW` masks take part, and with fewer
+    than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does not
+    say where an object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]
@@ -70,7 +70,7 @@ def find_shortcuts(
             answers = judge(_places(images)).softmax(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
         misleads = (own >= SURE)[:, None]
-        for _ in range(BESIDE):
+        for _ in range(round(BESIDE * max(misleads.shape[-2:]))):
             misleads = grown(misleads)
         for row, places in zip(rows, misleads.cpu(), strict=True):
             if places.any():

@@ -107,15 +107,16 @@ def with_surroundings(masks: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w
     return wide.to(masks.dtype)
 
 
-def grown(marked: Bool[Tensor, "b 1 h w"]) -> Bool[Tensor, "b 1 h w"]:
-    """By a pixel to all eight sides."""
-    tall = marked.clone()
-    tall[..., 1:, :] |= marked[..., :-1, :]
-    tall[..., :-1, :] |= marked[..., 1:, :]
-    wide = tall.clone()
-    wide[..., 1:] |= tall[..., :-1]
-    wide[..., :-1] |= tall[..., 1:]
-    return wide
+def grown(marked: Bool[Tensor, "b 1 h w"], by: int = 1) -> Bool[Tensor, "b 1 h w"]:
+    """By so many pixels to all eight sides."""
+    for _ in range(by):
+        tall = marked.clone()
+        tall[..., 1:, :] |= marked[..., :-1, :]
+        tall[..., :-1, :] |= marked[..., 1:, :]
+        marked = tall.clone()
+        marked[..., 1:] |= tall[..., :-1]
+        marked[..., :-1] |= tall[..., 1:]
+    return marked
 
 
 def with_soft_rim(marked: Float[Tensor, "b 1 h w"], keep: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:

@@ -28,9 +28,8 @@ SURE = 0.8  # of the picture's own class, from which on a place misleads
 FEW = 3  # painted masks of a class, that chance does not tell it
 ENOUGH, LIGHTS = 200, 4  # pictures to learn from at most, and in how many lights each
 PLACES = 32  # along the longer side, at most
-WINDOW = 5  # places are seen from one, both ways: more would see the object from beside it
-MARGIN = WINDOW // 2  # places around what is marked of which nothing is learned: they see it
-UNTOLD = -100  # of such places
+REACH = 2  # places to each side are seen from one: more would see the object from beside it
+UNTOLD = -100  # of places that see what is marked from beside it nothing is learned
 BESIDE = 1 / 16  # of the longer side is taken with a place that misleads: marks of two classes may end alike
 
 
@@ -69,9 +68,7 @@ def find_shortcuts(
         with torch.no_grad():
             answers = judge(_places(images)).softmax(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
-        misleads = (own >= SURE)[:, None]
-        for _ in range(round(BESIDE * max(misleads.shape[-2:]))):
-            misleads = grown(misleads)
+        misleads = grown((own >= SURE)[:, None], by=round(BESIDE * max(own.shape[-2:])))
         for row, places in zip(rows, misleads.cpu(), strict=True):
             if places.any():
                 found[row] = 255 * places.to(torch.uint8)
@@ -99,18 +96,18 @@ def _wanted(labels: Int[Tensor, "n"], masks: Float[Tensor, "n 1 h w"], classes: 
     """What is to be answered at each place: the class where people marked nothing, one answer more, `classes`, where
     they did, so that evidence is known as such; nothing is asked in between, from where the evidence can be seen."""
     marked = binarised(masks)
-    outside, inside = _at_places(with_surroundings(marked)) == 0, _at_places(marked) == 1
+    reached, inside = _at_places(with_surroundings(marked)) > 0, _at_places(marked) == 1
     shapes = (marked.mean(dim=(1, 2, 3)) <= 0.5).nonzero()[:, 0]  # what lies beside others is all that there is
-    for _ in range(MARGIN):
-        outside[shapes] = ~grown(~outside[shapes])
-    return torch.where(outside[:, 0], labels[:, None, None], torch.where(inside[:, 0], classes, UNTOLD))
+    reached[shapes] = grown(reached[shapes], by=REACH)
+    evidence = torch.where(inside[:, 0], classes, UNTOLD)
+    return torch.where(reached[:, 0], evidence, labels[:, None, None])
 
 
 def _places(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b i j c"]:
     """What is to be seen from each place: where it is, and the colours around it."""
     colours = _at_places(4 * (images - 0.5))
     height, width = colours.shape[-2:]
-    around = F.unfold(F.pad(colours, (WINDOW // 2,) * 4, mode="replicate"), WINDOW).unflatten(-1, (height, width))
+    around = F.unfold(F.pad(colours, (REACH,) * 4, mode="replicate"), 2 * REACH + 1).unflatten(-1, (height, width))
     where = torch.meshgrid(torch.linspace(-2, 2, height), torch.linspace(-2, 2, width), indexing="ij")
     here = torch.stack(where).to(images.device).expand(len(images), -1, -1, -1)
     return torch.cat([here, around], dim=1).movedim(1, -1)

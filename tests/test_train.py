@@ -562,7 +562,7 @@ def test_a_hole_leaves_at_least_half_of_what_is_marked() -> None:
 def test_holes_of_others_are_what_misleads_in_other_pictures() -> None:
     masks, shapes = torch.ones(400, 1, 4, 8), torch.zeros(400, 1, 4, 8)
     for kind in range(4):
-        shapes[kind::4, 0, kind, : 3 * kind] = 1  # of the last 9 pixels of 32, cut to 8; the first has none
+        shapes[kind::4, 0, kind, : 3 * kind] = 1  # of a row of its own, which has 8; the first has none
     cut = (masks - with_holes_of_others(masks, shapes, 0.5, generator()))[:, 0]
     assert {tuple(hole.sum(dim=1).tolist()) for hole in cut} == {(0, 0, 0, 0), (0, 3, 0, 0), (0, 0, 6, 0), (0, 0, 0, 8)}
     assert 0.3 < cut.flatten(1).any(dim=1).float().mean() < 0.45  # a quarter of the others has none

@@ -44,10 +44,10 @@ def find_shortcuts(
     """Where something misleads, 255, else 0, in each of the pictures in which anything does, at no more than `PLACES`
     a side; it is learned from those that are `corrected`.
 
-    A place misleads where the picture's own class is at least `SURE`; what lies `BESIDE` it is taken with it. A texture
-    can mislead all over a picture. Only classes of which people painted at least `FEW` masks take part, and with fewer
-    than two of them nothing is found: to tell a class is to tell it from another. A map that was called fine does not
-    say where an object ends, and is not learned from. `say` is told how far it has come.
+    A place misleads where the picture's own class is at least `SURE`; what lies `BESIDE` it is taken with it, unless it
+    looks like evidence. A texture can mislead all over a picture. Only classes of which people painted at least `FEW`
+    masks take part, and with fewer than two of them nothing is found: to tell a class is to tell it from another. A map
+    that was called fine does not say where an object ends, and is not learned from. `say` is told how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]
@@ -67,9 +67,11 @@ def find_shortcuts(
         images, labels, _ = examples(pictures, rows, device)
         with torch.no_grad():
             answers = judge(_places(images)).softmax(dim=-1)
+        *_, evidence = answers.unbind(dim=-1)
         own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
-        misleads = grown((own >= SURE)[:, None], by=round(BESIDE * max(own.shape[-2:])))
-        for row, places in zip(rows, misleads.cpu(), strict=True):
+        misleads = own >= SURE
+        beside = grown(misleads[:, None], by=round(BESIDE * max(own.shape[-2:])))[:, 0] & (evidence < 0.5)
+        for row, places in zip(rows, (misleads | beside)[:, None].cpu(), strict=True):
             if places.any():
                 found[row] = 255 * places.to(torch.uint8)
     say(f"{len(found)} of {len(pictures)} pictures show something that misleads; it is hidden")

@@ -265,8 +265,11 @@ def select(
     told: Told | None = None,
 ) -> list[Pick]:
     """The batch: `random_share` of it at random (the unbiased estimate of how many maps are wrong), the rest by the
-    strategy's score, highest first; ties break by sample id. It ends where pictures or expected minutes are spent. Of
-    few minutes the random share may not be enough for a picture.
+    strategy's score, highest first; ties break by sample id. It ends where pictures or expected minutes are spent.
+
+    How many are at random hangs on what a picture takes on average, never on what those that are drawn take: a map that
+    is thought wrong takes longer, and would be left out the more often. Of few minutes some batches have one, others
+    none, so that the share is spent on average.
 
     `labels` of all rows of the predictions, -1 unknown. Raises ValueError where the budget is more than the
     candidates.
@@ -286,17 +289,22 @@ def select(
         compared = np.union1d(shuffled[:random_pictures], everyone.worth_most(config.strategy, most))
     pool = everyone[compared]
     minutes = config.budget_minutes or np.inf
-    count = int(min(config.budget, max(minutes / pool.minutes.min(), 1)))
+    if minutes < (shortest := float(pool.minutes.min())):
+        expected = f"one picture is expected to take {shortest:.2f}"
+        raise ValueError(f"selection.budget_minutes is {minutes}, but {expected}; raise it in params.yaml")
+    count = int(min(config.budget, minutes / shortest))
     score = STRATEGIES[config.strategy](pool, count)
-    drawn = np.searchsorted(compared, shuffled[:random_pictures]).tolist()
-    at_random = _fill(drawn, pool.minutes, share * minutes if share else 0.0)
+    paid = random_pictures
+    if share and config.budget_minutes:
+        on_average = share * minutes / pool.minutes.mean()
+        paid = min(paid, max(int(on_average + np.random.default_rng([config.seed, 1]).random()), int(share)))
+    at_random = np.searchsorted(compared, shuffled[:paid]).tolist()
     asked = set(at_random)
     best_first = [i for i in np.argsort(-score, kind="stable").tolist() if i not in asked]
     rest = minutes - float(pool.minutes[at_random].sum())
     by_score = _fill(best_first[: config.budget - random_pictures], pool.minutes, rest)
-    if not at_random + by_score:
-        shortest = f"one picture is expected to take {pool.minutes.min():.2f}"
-        raise ValueError(f"selection.budget_minutes is {minutes}, but {shortest}; raise it in params.yaml")
+    if not at_random + by_score:  # the best one takes too long
+        by_score = [next(i for i in best_first if pool.minutes[i] <= minutes)]
     picks = [
         Pick(
             str(pool.table.samples[i]),
@@ -369,23 +377,25 @@ def _fill(order: list[int], minutes: Float[np.ndarray, "n"], budget: float) -> l
 
 
 def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> str:
-    """The loudest of what speaks for asking about candidate `i`."""
+    """The loudest of what speaks for asking about candidate `i`, of what its strategy looks at."""
     order = pool.table.probabilities[i].argsort()[::-1]
     confidence = pool.table.probabilities[i][order]
     answer = f"{classes[order[0]]} ({confidence[0]:.0%})"
-    if pool.wrong[i]:
-        return f"misclassified: answers {answer}, labeled {classes[pool.labels[i]]}"
-    if pool.labels[i] < 0:
-        return f"no label yet: answers {answer}"
+    labeled = "" if pool.labels[i] >= 0 else f"; no label yet: answers {answer}"
     if config.strategy == "k-center":
-        return "unlike every picture that was asked about so far"
-    if config.strategy in ("margin", "entropy", "badge") or 1 - confidence[0] > pool.unreasonable[i]:
-        return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%})"
+        return f"unlike every picture that was asked about so far{labeled}"
+    if config.strategy != "attention":
+        if pool.wrong[i]:
+            return f"misclassified: answers {answer}, labeled {classes[pool.labels[i]]}"
+        by_answers = config.strategy in ("misclassified", "margin", "entropy", "badge")
+        if by_answers or 1 - confidence[0] > pool.unreasonable[i]:
+            return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%})" + labeled.partition(":")[0]
     if pool.unreasonable[i] > pool.suspected[i] + 0.2:
-        return "doubtful attention: labelers called the maps of similar pictures wrong"
-    if pool.table.corner_reliance[i] >= early_rank(pool.table.early_confidence[[i]], pool.early)[0]:
-        return f"doubtful attention: the answer hangs on the picture's corners ({pool.table.corner_reliance[i]:.0%})"
-    return "doubtful attention: learned before most others, as shortcuts are"
+        return f"doubtful attention: labelers called the maps of similar pictures wrong{labeled}"
+    corners = pool.table.corner_reliance[i]
+    if corners >= early_rank(pool.table.early_confidence[[i]], pool.early)[0]:
+        return f"doubtful attention: the answer hangs on the picture's corners ({corners:.0%}){labeled}"
+    return f"doubtful attention: learned before most others, as shortcuts are{labeled}"
 
 
 # --- the stage

@@ -25,17 +25,22 @@ def energy_inside(maps: Float[np.ndarray, "n h w"], masks: Float[np.ndarray, "n 
 
 
 def iou(maps: Float[np.ndarray, "n h w"], masks: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n"]:
-    """Intersection over union of map > 0.5 and mask > 0.5, 0..1, higher is better; 1 where both are empty."""
+    """Intersection over union of map > 0.5 and mask > 0.5, 0..1, higher is better; 1 where both are empty.
+
+    |A and B| / |A or B| (Jaccard, 1901); of attention against masks as in Network Dissection (Bau et al., CVPR 2017),
+    where the threshold is a quantile of the maps.
+    """
     inside, marked = maps > 0.5, masks > 0.5
     union = (inside | marked).sum(axis=(1, 2))
     return np.where(union > 0, (inside & marked).sum(axis=(1, 2)) / np.maximum(union, 1), 1.0)
 
 
 def pointing_game(maps: Float[np.ndarray, "n h w"], masks: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n"]:
-    """Whether the hottest cell lies where mask > 0.5: 0 or 1, higher is better (Zhang et al., ECCV 2016).
+    """Whether the hottest cell lies where mask > 0.5: [m(argmax M) > 0.5], 0..1, higher is better (Zhang et al., ECCV
+    2016).
 
-    Of several hottest cells, the share that does; the paper's tolerance of 15 pixels is left out, since a cell of a
-    map is wider.
+    Of several hottest cells, the share that does, so between 0 and 1; the paper's tolerance of 15 pixels is left out,
+    since a cell of a map is wider.
     """
     hottest = maps == maps.max(axis=(1, 2), keepdims=True)
     return (hottest & (masks > 0.5)).sum(axis=(1, 2)) / hottest.sum(axis=(1, 2))
@@ -44,8 +49,10 @@ def pointing_game(maps: Float[np.ndarray, "n h w"], masks: Float[np.ndarray, "n 
 def context_reliance(original: Float[np.ndarray, "n k"], replaced: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n"]:
     """How far the answer moves when everything outside the mask is replaced: total variation, 0..1, lower is better.
 
-    sum |p - p'| / 2. Of all scores here it alone measures the decision and not the picture of it. Without a mask the
-    same is asked of the picture's corners, where the object seldom is (`corner_reliance` of the predictions).
+    sum |p - p'| / 2, this project's own. Of all scores here it alone measures the decision and not the picture of it.
+    Small masks are grown before (`with_surroundings`), so what misleads close beside a small object does not count.
+    Without a mask the same is asked of the picture's corners, where the object seldom is (`corner_reliance` of the
+    predictions).
     """
     return np.abs(original - replaced).sum(axis=1) / 2
 
@@ -79,7 +86,7 @@ def entropy(maps: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n"]:
     """Of a map as a distribution, -sum p log p / log(h w) with p = M / sum(M): 0 one cell alone, 1 even.
 
     Neither end is better: a shortcut is often a small spot, and a map that looks everywhere explains nothing. 1 for
-    an empty map.
+    an empty map. Shannon, 1948.
     """
     cells = maps.reshape(len(maps), -1)
     total = cells.sum(axis=1, keepdims=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +150,8 @@ class Pictures(Dataset[Batch]):
         painted = [i for i, sample in enumerate(self.samples) if sample.masks and sample.painted]
         if len(painted) < MANY_MASKS:  # few masks show a rim by chance
             return 0
-        seen = self[painted[:: math.ceil(len(painted) / ENOUGH)]]  # of all classes, in whatever order they come
+        some = torch.randperm(len(painted), generator=torch.Generator().manual_seed(0))[:ENOUGH]
+        seen = self[[painted[i] for i in sorted(some.tolist())]]
         width = rim_width(seen.images.float() / 255, (seen.masks > 127).float())
         for index in painted if width else []:
             mask = self._mask(index)
@@ -179,19 +180,27 @@ def _bytes(masks: Float[Tensor, "b 1 h w"]) -> UInt8[Tensor, "b 1 h w"]:
 
 def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:
     """The given batches in their order; worker processes decode where the pictures do not fit into memory."""
-
-    def begin(worker: int) -> None:
-        pictures.shards.close()  # with its parent it would share the place in an open file
-        # Threads do not live on in a fork, but what they want done at the exit does: Prefect's services, which run
-        # beside a flow, fail there, and the DataLoader takes that for a failure of its worker.
-        threading._threading_atexits.clear()  # type: ignore[attr-defined]
-
     workers = 0 if pictures.cached else min(4, os.cpu_count() or 1)
+    if workers:
+        pictures.shards.close()  # a worker would share the place in an open file, and cannot be sent one
+    begin = partial(_begin_worker, pictures)
     return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=begin)
 
 
+def _begin_worker(pictures: Pictures, worker: int) -> None:
+    pictures.shards.close()  # of before the fork
+    # Threads do not live on in a fork, but what they want done at the exit does: Prefect's services, which run beside a
+    # flow, fail there, and the DataLoader takes that for a failure of its worker.
+    threading._threading_atexits.clear()  # type: ignore[attr-defined]
+
+
 def in_order(count: int, batch_size: int) -> list[list[int]]:
-    return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    """Batches of `batch_size`. A last one that would be alone joins those before: to be shown in another context a
+    picture needs another one."""
+    ends = [*range(batch_size, count, batch_size), count]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+        del ends[-2]
+    return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)] if count else []
 
 
 def epoch_batches(

@@ -100,7 +100,8 @@ class Doubt:
 
 def early_rank(confidence: Float[np.ndarray, "n"], among: Float[np.ndarray, "m"]) -> Float[np.ndarray, "n"]:
     """Share of those `among` which a sample is ranked that were less confident early in training, 0..1, of equals half;
-    0.5 where it is not known (NaN)."""
+    0.5 where it is not known (NaN). Higher is more suspicious: shortcuts are learned first (Nam et al., 2020;
+    abn/early.py)."""
     rank, known, others = np.full(len(confidence), 0.5), np.isfinite(confidence), np.sort(among[np.isfinite(among)])
     if len(others) > 1:
         below, up_to = (np.searchsorted(others, confidence[known], side=side) for side in ("left", "right"))

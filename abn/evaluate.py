@@ -22,8 +22,9 @@ def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np
 
     accuracy, balanced_accuracy (mean of the classes' recalls) and worst_class_accuracy are higher-is-better, 0..1.
     Of the samples with a gold mask: attention_inside_mask (higher), mask_share (what chance would give it),
-    context_reliance (lower), accuracy_in_other_context (higher). Of those whose mask fills at least one cell of the
-    map: map_iou and pointing_game (higher).
+    context_reliance (lower), accuracy_in_own_context and accuracy_in_other_context (higher): how accurate the same
+    samples are answered as they are, and with all around their masks replaced. Of those whose mask fills at least one
+    cell of the map: map_iou and pointing_game (higher).
     """
     answers, truth = predictions.probabilities[rows].argmax(axis=1), labels[rows]
     recalls = [float((answers[truth == label] == label).mean()) for label in np.unique(truth)]
@@ -42,6 +43,7 @@ def measure(predictions: Predictions, labels: Int[np.ndarray, "n"], rows: Int[np
             "attention_inside_mask": float(energy_inside(maps, masks).mean()),
             "mask_share": float(masks.mean()),
             "context_reliance": float(context_reliance(predictions.probabilities[gold], replaced).mean()),
+            "accuracy_in_own_context": float((answers == truth)[predictions.has_gold[rows]].mean()),
             "accuracy_in_other_context": float((replaced.argmax(axis=1) == labels[gold]).mean()),
         }
         seen = (masks > 0.5).any(axis=(1, 2))  # of what fills no cell of the map a blank map would be the best

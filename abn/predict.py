@@ -39,6 +39,10 @@ class PredictConfig:
     batch_size: int
     seed: int  # of the contexts
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"predict.batch_size is {self.batch_size}; it must be at least 2: contexts are of others")
+
 
 GOLD = "data/gold.npz"
 

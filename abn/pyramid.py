@@ -6,12 +6,16 @@ masks to learn from.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from abn.backbones import Parts
 
+LEAST = 32  # pixels a side that each layer has something left of; long pictures are seen with their edge repeated
 SIDE = 64  # pixels of the picture by which the resolutions are told: of a smaller one the coarse ones are one pixel
 
 
@@ -36,8 +40,13 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Of pictures in 0..1."""
-        everything = self._features(images)
-        return [everything[number] for number in self.kept]
+        height, width = images.shape[-2:]
+        beyond = (0, max(0, LEAST - width), 0, max(0, LEAST - height))
+        everything = self._features(F.pad(images, beyond, mode="replicate"))
+        kept = zip(self.kept, self.steps, strict=True)
+        return [
+            everything[number][..., : math.ceil(height / step), : math.ceil(width / step)] for number, (_, step) in kept
+        ]
 
     @torch.no_grad()
     def _features(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "b _ _ _"]]:

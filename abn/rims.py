@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CLEARER = 1.2  # times the contour at the rim; less inside is no sign, boxes around objects have that much
+AT_ONCE = 16  # pictures: large ones would fill the memory
 LEFT = 0.25  # of each mask's area, at least
 WHOLE = 0.9  # of a picture: what is marked from there on has no rim, its edge is that of what was left out
 
@@ -24,7 +25,7 @@ def rim_width(images: Float[Tensor, "b 3 h w"], masks: Float[Tensor, "b 1 h w"])
     median of the masks. Looked for up to a quarter of the longer side and where at least half of the masks reach.
     The edge of the picture is no rim, and masks of more than `WHOLE` of a picture are not asked.
     """
-    contours = _contours(images)
+    contours = torch.cat([_contours(some) for some in images.split(AT_ONCE)])
     contours = contours / contours.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     share = masks.mean(dim=(1, 2, 3))
     has_rim = (share > 0) & (share <= WHOLE)

@@ -1,8 +1,9 @@
 """Who is worth a labeler's minute, and why: `python -m abn.selection` writes results/batch.csv.
 
-Of a pool of any size no more than `LOOKED_AT` samples are in memory at once, beside a few numbers of each. Up to that
-many are compared with each other. Of a larger pool a first pass gives every candidate a worth of its own, and those
-worth most are compared; neighbours are then looked for in a random part of the pool (abn/doubt.py).
+Of a pool of any size `LOOKED_AT` samples are in memory at once, beside those that people have answered, as many to tell
+what is usual, and a few numbers of each. Up to that many are compared with each other. Of a larger pool a first pass
+gives every candidate a worth of its own, and those worth most are compared; neighbours are then looked for in a random
+part of the pool (abn/doubt.py).
 """
 
 from __future__ import annotations

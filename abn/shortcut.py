@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abn.annotator import AT_ONCE, examples, in_other_light
-from abn.context import binarised, grown, with_surroundings
+from abn.context import binarised, grown, is_small, with_surroundings
 from abn.data import Pictures, in_order
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
@@ -46,8 +46,9 @@ def find_shortcuts(
 
     A place misleads where the picture's own class is at least `SURE`; what lies `BESIDE` it is taken with it, unless it
     looks like evidence. A texture can mislead all over a picture. Only classes of which people painted at least `FEW`
-    masks take part, and with fewer than two of them nothing is found: to tell a class is to tell it from another. A map
-    that was called fine does not say where an object ends, and is not learned from. `say` is told how far it has come.
+    masks take part, `ENOUGH` in all, and with fewer than two of them nothing is found: to tell a class is to tell it
+    from another. A map that was called fine does not say where an object ends, and is not learned from. `say` is told
+    how far it has come.
     """
     generator = torch.Generator().manual_seed(seed)
     painted = [index for index in corrected if pictures.samples[index].painted]
@@ -96,11 +97,14 @@ def _chosen(labels: Int[Tensor, "n"], generator: torch.Generator) -> list[int]:
 
 def _wanted(labels: Int[Tensor, "n"], masks: Float[Tensor, "n 1 h w"], classes: int) -> Int[Tensor, "n i j"]:
     """What is to be answered at each place: the class where people marked nothing, one answer more, `classes`, where
-    they did, so that evidence is known as such; nothing is asked in between, from where the evidence can be seen."""
+    they did, so that evidence is known as such; nothing is asked in between, from where the evidence can be seen. From
+    beside what is small that is evidence, too: it is shown with its surroundings."""
     marked = binarised(masks)
-    reached, inside = _at_places(with_surroundings(marked)) > 0, _at_places(marked) == 1
+    reached, inside = _at_places(with_surroundings(marked)) > 0, _at_places(marked) >= 0.5
     shapes = (marked.mean(dim=(1, 2, 3)) <= 0.5).nonzero()[:, 0]  # what lies beside others is all that there is
     reached[shapes] = grown(reached[shapes], by=REACH)
+    small = is_small(marked).flatten()
+    inside[small] = grown(_at_places(marked[small]) > 0, by=REACH)  # a thin line fills no place
     evidence = torch.where(inside[:, 0], classes, UNTOLD)
     return torch.where(reached[:, 0], evidence, labels[:, None, None])
 

@@ -57,7 +57,9 @@ from abn.shortcut import find_shortcuts
 from abn.stage import CONTROL, ROUND, Stage
 
 MOST = 0.9  # of a picture: if more were hidden, its label would be learned from another one's surroundings
-CARELESS = 0.5  # times the trust in masks that people painted too wide, and in those that were learned from them
+# Times the trust in masks that people painted too wide, and in those that were learned from them, where something is
+# known to mislead.
+CARELESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,17 @@ def train(
             lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, say)
         )
     torch.manual_seed(config.seed)
-    network = _starting_network(root, settings, classes).to(device).to(memory_format=torch.channels_last)
+    network = _starting_network(root, settings, classes)
+    _check_size(network, settings)
+    network = network.to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
     objective = Objective(network, settings, device, bool(corrected), careless=rim > 0)
     frozen = settings.corrections.recipe == "paper" and _has_champion(root, settings)
+    if corrected and settings.corrections.recipe == "paper" and not frozen and parallel.is_first():
+        say("corrections.recipe is paper, but nothing is frozen: this starts from scratch (train.start: champion)")
     network.extractor.requires_grad_(not frozen)
     history = History(_fingerprint(root, samples, settings), output, network, optimizer)
     if parallel.is_first():
@@ -176,7 +182,7 @@ def train(
         )
         network.train()
         network.extractor.train(not frozen)  # the running means of its batch norms belong to its weights
-        totals: dict[str, float] = {}
+        totals: dict[str, list[float]] = {}
         for step, batch in enumerate(loader(pictures, batches)):
             rate = learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
             for group in optimizer.param_groups:
@@ -190,11 +196,15 @@ def train(
             parallel.average_gradients(network)
             optimizer.step()
             for name, value in parts.items():
-                totals[name] = totals.get(name, 0.0) + value / len(batches)
+                totals.setdefault(name, []).append(value)  # a batch without masks has no loss of the map
         if is_early_epoch(epoch, config.epochs) and parallel.is_first():
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
+        if not all(bool(p.isfinite().all()) for p in network.parameters()):
+            names = ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
+            raise FloatingPointError(f"weights are not finite after epoch {epoch}; samples of its last step {names}")
         seconds = time.perf_counter() - began
-        line = {"epoch": epoch, **totals, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
+        means = {name: sum(values) / len(values) for name, values in totals.items()}
+        line = {"epoch": epoch, **means, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
         trust = sum(pictures.trust.values()) / max(1, len(pictures) - len(corrected))
         line |= {"propagated": len(pictures.drawn), "trust": trust, "misled": len(pictures.shortcuts), "rim": rim}
         if parallel.is_first():
@@ -354,6 +364,17 @@ def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN
         except RuntimeError as error:
             raise ValueError("models/start.pt has another model.backbone; set train.start: scratch") from error
     return network
+
+
+def _check_size(network: ABN, settings: Settings) -> None:
+    """Raises ValueError where pictures of data.size leave some layer nothing to look at."""
+    height, width = settings.data.size
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, height, width))
+    except RuntimeError as error:
+        backbone = settings.model.backbone
+        raise ValueError(f"data.size is [{height}, {width}], too small for {backbone}; take larger pictures") from error
 
 
 def _has_champion(root: Path, settings: Settings) -> bool:

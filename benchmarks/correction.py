@@ -62,7 +62,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "l1": {**MAP_ALONE, "corrections.map_loss": "l1"},
     "bce": {**MAP_ALONE, "corrections.map_loss": "bce"},
     "energy": {**MAP_ALONE, "corrections.map_loss": "energy"},
-    "suppress": {**MAP_ALONE, "corrections.map_loss": "suppress"},
+    "suppress-outside": {**MAP_ALONE, "corrections.map_loss": "suppress"},
     "rrr": {**MAP_ALONE, "corrections.map_loss": "rrr"},
     "context": {**OFTEN, "corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
     "default": {},
@@ -193,7 +193,7 @@ class Problem:
 
     def run(self, arm: str, settings: Settings) -> dict[str, float]:
         """Trains and tests one arm; its figures, and `seconds` of the training."""
-        samples, began = self.train["confounded"], time.perf_counter()
+        samples = self.train["confounded"]
         if arm == "upper":
             samples = self.train["plain"]
         elif arm == "upper_random":
@@ -206,6 +206,7 @@ class Problem:
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
         elif settings.corrections.recipe != "none":
             samples = self.corrected(self.chosen, f"{arm}.npz")
+        began = time.perf_counter()
         train(self.root, samples, settings, self.root / arm, lambda line: None)
         seconds = time.perf_counter() - began
         model, figures = load_model(self.root / arm / "model.pt"), {}

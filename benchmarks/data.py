@@ -18,7 +18,7 @@ from scipy import ndimage
 from benchmarks.shapes import SHAPES, shapes
 from flows.digits import COLOURS
 
-UNSURE = ("mixed",)  # classes of the photographs that are no class of their own
+UNSURE = {"coffee_leaf": "mixed"}  # a class that is none of its own: leaves with several diseases
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,22 @@ def drawn(size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
     return _halves(Data(*shapes(size, train, seed), list(SHAPES)), train)
 
 
-def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
-    """A folder with an index.csv: the columns image, cls or label, mask, and perhaps split or group.
+def indexed(path: Path, size: tuple[int, int], train: int, seed: int, unsure: str | None = None) -> tuple[Data, Data]:
+    """A folder with an index.csv: the columns image, cls or label, mask, and perhaps split or group. Raises ValueError
+    where one of the first three is missing. Rows of the class `unsure`, and those without any, are left out.
 
     Rows of split val are test too: nothing is chosen on them here, and small tests need them. Where no split is
     given, 0.3 of the groups are test. No more than `train` pictures are trained on, the classes taking turns.
     """
-    with (path / "index.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    label = "label" if "label" in rows[0] else "cls"
-    rows = [row for row in rows if row[label] and row[label] not in UNSURE]
+    with (path / "index.csv").open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns, rows = reader.fieldnames or [], list(reader)
+    label = "label" if "label" in columns else "cls"
+    if missing := [name for name in ("image", label, "mask") if name not in columns]:
+        raise ValueError(f"{path / 'index.csv'} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
+    rows = [row for row in rows if row[label] and row[label] != unsure]
+    if not rows:
+        raise ValueError(f"{path / 'index.csv'} has no row with a class; fill the column {label}")
     classes = sorted({row[label] for row in rows})
     data = Data(
         np.stack([_read(path / row["image"], "RGB", size) for row in rows]),
@@ -98,7 +104,7 @@ def indexed(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[D
         classes,
     )
     generator = np.random.default_rng(seed)
-    if rows[0].get("split"):
+    if any(row.get("split") for row in rows):
         tested = np.array([row["split"] in ("val", "test") for row in rows])
     else:
         groups = np.array([row.get("group") or str(number) for number, row in enumerate(rows)])
@@ -134,7 +140,9 @@ def load(name: str, path: Path | None, size: tuple[int, int], train: int, seed: 
     wanted = "mnist_train.npz" if name == "mnist" else "index.csv"
     for folder in [path, path / name] if path else [Path(name)]:
         if (folder / wanted).is_file():
-            return (mnist if name == "mnist" else indexed)(folder, size, train, seed)
+            if name == "mnist":
+                return mnist(folder, size, train, seed)
+            return indexed(folder, size, train, seed, UNSURE.get(name))
     raise ValueError(f"no {wanted} of {name} at {path or name}; name its folder with --path")
 
 

@@ -122,6 +122,9 @@ def run_seed(
             for number in range(rounds):
                 told = labelers.told()
                 left = np.flatnonzero(~told.answered).tolist()
+                if not left:  # nobody can be asked any more: the curve ends
+                    curves[strategy].append(curves[strategy][-1])
+                    continue
                 config = SelectionConfig(strategy, len(left), minutes, 0.1, seed * 100 + number)  # type: ignore[arg-type]
                 picks = select(predictions, learner.problem.data.labels, left, learner.problem.classes, config, told)
                 asked = {pick.sample for pick in picks}

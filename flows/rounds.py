@@ -10,7 +10,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -710,13 +710,16 @@ def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
 def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     """Version masks and annotations, commit, tag the round, tell MLflow; the commit."""
     git, dvc, state = Git(place.root), Dvc(place.root), round_.read()
-    verdicts = dict(sorted(Counter(one.verdict for one in answers.corrections).items()))
+    verdicts = _verdicts(answers.corrections)
+    drawn = {row["sample"] for row in _read_batch(round_) if row.get("at_random")}
+    at_random = _verdicts(one for one in answers.corrections if one.sample in drawn)
     earlier = latest_annotations(one for one in place.rounds() if one.number < round_.number)
     spent = {number: float(row["minutes"]) for number, row in earlier.items()}  # a changed annotation brings them again
     minutes = round(sum(max(0.0, one.minutes - spent.get(str(one.annotation), 0.0)) for one in answers.opinions), 2)
     found = {
         "collected": len(answers.corrections),
         "verdicts": verdicts,
+        "at_random": at_random,
         "minutes": minutes,
         "set_aside": [asdict(one) for one in answers.set_aside],
         "pulled": {task["id"]: task["updated_at"] for task in read_json_lines(round_.annotations)},
@@ -731,7 +734,8 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     commit = git.commit(paths, f"[round {round_.number}] Learn from {len(answers.corrections)} corrections")
     tracker, run = tracker_of(place), state["mlflow_runs"]["round"]
     tracker.tag(run, {"abnloop.round_commit": commit, "abnloop.tag": round_.tag})
-    tracker.log_metrics(run, {"collected": len(answers.corrections), "minutes": minutes, "verdict": verdicts})
+    given = {"verdict": verdicts, "verdict_at_random": at_random}
+    tracker.log_metrics(run, {"collected": len(answers.corrections), "minutes": minutes, **given})
     tracker.log_files(run, {"round.json": round_.state})
     tracker.finish(run)
     git.tag(round_.tag)  # last: the tag is what says that nothing is left to do
@@ -831,6 +835,10 @@ def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Co
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _verdicts(corrections: Iterable[Consensus]) -> dict[str, int]:
+    return dict(sorted(Counter(one.verdict for one in corrections).items()))
 
 
 def _read_batch(round_: Round) -> list[dict[str, str]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+from abn.selection import SAYS_WRONG
+
 # What a round may gain, on the validation set: name, whether higher is better, what counts its pictures.
 GAINS = (
     ("balanced_accuracy", 1, "samples"),
@@ -80,8 +82,8 @@ def _reasonable(rounds: Sequence[Mapping[str, Any]], config: StopConfig) -> str:
     if not config.unreasonable or not asked:
         return ""
     verdicts = asked[-1]
-    wrong = sum(verdicts.get(name, 0) for name in ("map_fixed", "whole_image", "all_but_map"))
-    told = wrong + verdicts.get("map_ok", 0)
+    told = sum(count for name, count in verdicts.items() if name in SAYS_WRONG)
+    wrong = sum(round(SAYS_WRONG.get(name, 0.0)) * count for name, count in verdicts.items())
     if not told or wrong / told > config.unreasonable:
         return ""
     return (

@@ -106,6 +106,7 @@ def test_the_params_of_the_project_fit_every_section_of_abn() -> None:
         (TrainConfig, "train", {"learning_rate": -0.1}, "train.learning_rate is -0.1"),
         (CorrectionsConfig, "corrections", {"share": 1.5}, "corrections.share is 1.5; it must be from 0 to 1"),
         (CorrectionsConfig, "corrections", {"recipe": "contxt"}, "corrections.recipe is 'contxt'"),
+        (PredictConfig, "predict", {"batch_size": 1}, "predict.batch_size is 1; it must be at least 2"),
         (SelectionConfig, "selection", {"budget": 0}, "selection.budget is 0; it must be at least 1"),
         (SelectionConfig, "selection", {"random_share": -1}, "selection.random_share is -1.0"),
     ],

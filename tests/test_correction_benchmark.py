@@ -102,6 +102,7 @@ def test_a_hasty_mask_is_larger_than_the_object_and_never_empty() -> None:
     assert areas.min() > 0 and np.median(areas) > 3 * mask.sum()
     covered = (painted & mask).sum(axis=(1, 2)) / mask.sum()
     assert 0 < (covered < 0.1).sum() < 10  # around something else
+    assert 10 < ((covered > 0.25) & (covered < 0.75)).sum() < 30  # a third of them around half of it
     assert np.array_equal(hasty(mask, np.random.default_rng(7)), painted[7])
 
 
@@ -131,6 +132,28 @@ def test_groups_are_never_parted(folder: Path) -> None:
         tested = [number for number in range(24) if (test.images == pictures[number]).all(axis=(1, 2, 3)).any()]
         groups = {number // 4 for number in tested}
         assert len(tested) == 8 and len(groups) == 2
+
+
+def test_an_index_is_read_as_init_reads_it(folder: Path) -> None:
+    """With a byte order mark, a class of any name, and a split that the first row lacks."""
+    lines = (folder / "index.csv").read_text().splitlines()
+    lines[1] = lines[1].replace(",train,", ",,")
+    (folder / "index.csv").write_text("\n".join(lines).replace(",none,", ",mixed,"), encoding="utf-8-sig")
+    train, test = load("squares", folder, (SIZE, SIZE), 1000, 0)
+    assert (len(train), len(test), train.classes) == (16, 8, ["light", "mixed"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,label\na.png,x\n", "has no column mask; it has image, label"),
+        ("image,label,mask\n", "has no row with a class; fill the column label"),
+    ],
+)
+def test_an_index_that_lacks_something_is_one_line(folder: Path, text: str, message: str) -> None:
+    (folder / "index.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load("squares", folder, (SIZE, SIZE), 1000, 0)
 
 
 def test_a_data_set_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
@@ -172,7 +195,8 @@ def test_a_data_set_is_trained_as_it_was_measured_and_the_command_comes_first() 
 def test_every_arm_is_made_of_settings_that_exist() -> None:
     for changes in ARMS.values():
         settings_with(changes)
-    assert set(MAP_LOSSES) <= set(ARMS)
+    alone = [changes for changes in ARMS.values() if changes.items() >= correction.MAP_ALONE.items()]
+    assert sorted(changes["corrections.map_loss"] for changes in alone) == sorted(MAP_LOSSES)
     assert ARMS["default"] == {}
     with pytest.raises(ValueError, match="nothing.share is not a setting"):
         settings_with({"nothing.share": 1})

@@ -187,6 +187,15 @@ def test_the_loader_keeps_the_order_of_its_batches(root: Path) -> None:
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(30))
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "batches"), [(7, 3, [3, 4]), (3, 2, [3]), (6, 3, [3, 3]), (1, 4, [1]), (0, 4, [])]
+)
+def test_no_picture_is_alone_in_a_batch(count: int, size: int, batches: list[int]) -> None:
+    rows = in_order(count, size)
+    assert [len(batch) for batch in rows] == batches
+    assert [row for batch in rows for row in batch] == list(range(count))
+
+
 def test_a_mask_too_thin_for_the_network_s_size_still_marks_something(root: Path) -> None:
     scratch, nothing = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
     scratch[:, 30] = 255  # an eighth of a cell

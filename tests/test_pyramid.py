@@ -25,6 +25,16 @@ def test_it_goes_from_fine_to_coarse_and_ends_with_what_the_network_goes_on_from
     assert not any(parameter.requires_grad for parameter in pyramid.parameters())
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "densenet121", "vgg11"])
+def test_it_sees_long_pictures(name: str) -> None:
+    pyramid = Pyramid(make_parts(name))
+    images = torch.rand(2, 3, 8, 64, generator=torch.Generator().manual_seed(0))
+    found = pyramid(images)
+    assert [(features.shape[2], features.shape[3]) for features in found] == [
+        (max(1, round(8 / step)), round(64 / step)) for _, step in pyramid.steps
+    ]
+
+
 def test_an_extractor_of_one_piece_has_one_step() -> None:
     parts = make_parts("resnet18", split="layer2")._replace(extractor=torch.nn.Conv2d(3, 5, 3, 2, 1))
     assert Pyramid(parts).steps == [(5, 2)]

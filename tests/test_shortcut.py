@@ -71,6 +71,30 @@ def test_what_tells_nothing_is_left_alone(tmp_path: Path, stamps: dict[str, tupl
     assert hidden[0] < 0.3 and hidden[1] < 0.05
 
 
+def test_thin_evidence_is_known_as_such(tmp_path: Path) -> None:
+    """A line of a pixel, which fills none of the places that are looked at, in the colour of the class, on pictures
+    that get brighter to one side or another."""
+    pictures, lines = [], []
+    for number in range(COUNT):
+        random = np.random.default_rng(number)
+        angle, (top, left) = random.uniform(0, 2 * np.pi), random.integers(8, 30, 2)
+        rows, columns = np.indices((SIDE, SIDE))
+        shade = 110 + rows * np.sin(angle) + columns * np.cos(angle) + random.normal(0, 4, (SIDE, SIDE))
+        image = np.repeat(shade.clip(0, 255)[..., None], 3, axis=2).astype(np.uint8)
+        line = np.zeros((SIDE, SIDE), np.uint8)
+        line[top, left : left + 25] = 255
+        image[line > 0] = (RED, BLUE)[number % 2]
+        pictures.append(image)
+        lines.append(line)
+    root = write_workspace(tmp_path / "w", ROWS, pictures, lines)
+    correct(root, {ROWS[i].id: lines[i] for i in KNOWN})
+    found = find_shortcuts(
+        Pictures(root, training_samples(read_manifest(root)), CLASSES, (SIDE, SIDE)), KNOWN, 2, 0, CPU
+    )
+    hidden = [np.kron(found[i][0].numpy() > 0, np.ones((2, 2), bool))[lines[i] > 0].mean() for i in REST if i in found]
+    assert sum(hidden) / len(REST) < 0.05
+
+
 def test_a_class_that_alone_was_corrected_is_not_hidden_for_that(tmp_path: Path) -> None:
     """Nor where of the other there are too few to tell it by."""
     root = workspace(tmp_path / "w", {})

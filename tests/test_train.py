@@ -230,8 +230,11 @@ def test_each_recipe_trains_and_reports_the_loss_of_the_map(root: Path, tmp_path
 
 def test_a_single_corrected_sample_is_enough(root: Path, tmp_path: Path) -> None:
     correct(root, {"train03": square(3)})
-    _, lines = run(root, tiny_settings(), tmp_path / "one")
+    _, lines = run(root, tiny_settings(corrections={"share": 0.0}), tmp_path / "one")
     assert [line["corrected"] for line in lines] == [1, 1, 1]
+    for line in lines:  # the loss of the map is that of the one batch of two that has any
+        apart = line["attention_loss"] + line["perception_loss"] + line["map_loss"] / 2
+        assert line["loss"] == pytest.approx(apart)
 
 
 # --- what can go wrong
@@ -244,6 +247,21 @@ def test_a_loss_that_is_not_finite_names_its_samples(root: Path, tmp_path: Path)
     named = str(failed.value).split("samples ")[1].split(", ")
     assert len(named) == len(set(named)) == 8
     assert not (tmp_path / "results/model.pt").exists()
+
+
+def test_weights_that_the_last_step_made_not_finite_are_not_saved(root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(train={"learning_rate": 1e39, "weight_decay": 1e30, "epochs": 1, "batch_size": 30})
+    with pytest.raises(
+        FloatingPointError, match=r"weights are not finite after epoch 1; samples of its last step train"
+    ):
+        run(root, settings, tmp_path / "results")
+    assert not (tmp_path / "results/model.pt").exists()
+
+
+def test_pictures_too_small_for_the_network_are_one_line(root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(model={"backbone": "vgg11"})
+    with pytest.raises(ValueError, match=r"^data.size is \[\d+, \d+\], too small for vgg11; take larger pictures$"):
+        run(root, settings, tmp_path / "results")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -232,7 +232,9 @@ def test_a_single_corrected_sample_is_enough(root: Path, tmp_path: Path) -> None
     correct(root, {"train03": square(3)})
     _, lines = run(root, tiny_settings(corrections={"share": 0.0}), tmp_path / "one")
     assert [line["corrected"] for line in lines] == [1, 1, 1]
-    for line in lines:  # the loss of the map is that of the one batch of two that has any
+    having = [line for line in lines if "map_loss" in line]  # an epoch leaves a few pictures out
+    assert having
+    for line in having:  # the loss of the map is that of the one batch of two that has any
         apart = line["attention_loss"] + line["perception_loss"] + line["map_loss"] / 2
         assert line["loss"] == pytest.approx(apart)
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from abn.manifest import MANY_MASKS, MaskShards, Sample
 from abn.rims import rim_width, without_rim
 
-CACHE_BYTES = 4 << 30  # decoded pictures are kept in memory up to this much
+CACHE_BYTES = 4 << 30  # decoded pictures are kept in memory up to this much, by each process
 ENOUGH = 200  # masks that tell how wide people paint
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from abn import data
 from abn.data import (
     Pictures,
     augment,
@@ -185,6 +187,21 @@ def test_the_loader_keeps_the_order_of_its_batches(root: Path) -> None:
     batches = list(loader(pictures, in_order(len(pictures), 7)))
     assert [batch.images.shape for batch in batches] == [*[(7, 3, 8, 12)] * 4, (2, 3, 8, 12)]
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(30))
+
+
+def test_workers_can_be_sent_the_pictures_where_they_are_not_forked(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    correct(root, {"train03": square(3)})
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    pictures = Pictures(root, read_manifest(root), ["dark", "light"], (8, 12))
+    expected = pictures[[3]]  # opens the masks
+    batches = loader(pictures, [[3]])
+    assert batches.num_workers > 0
+    begin = pickle.loads(pickle.dumps(batches.worker_init_fn))
+    sent = pickle.loads(pickle.dumps(batches.dataset))
+    assert begin.args[0].samples == pictures.samples
+    assert torch.equal(sent[[3]].masks, expected.masks)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from abn.manifest import MANY_MASKS, MaskShards, Sample
 from abn.rims import rim_width, without_rim
@@ -181,14 +180,13 @@ def _bytes(masks: Float[Tensor, "b 1 h w"]) -> UInt8[Tensor, "b 1 h w"]:
 def loader(pictures: Pictures, batches: Sequence[Sequence[int]]) -> DataLoader[Batch]:
     """The given batches in their order; worker processes decode where the pictures do not fit into memory."""
     workers = 0 if pictures.cached else min(4, os.cpu_count() or 1)
-    if workers:
-        pictures.shards.close()  # a worker would share the place in an open file, and cannot be sent one
-    begin = partial(_begin_worker, pictures)
-    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=begin)
+    return DataLoader(pictures, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=_begin_worker)
 
 
-def _begin_worker(pictures: Pictures, worker: int) -> None:
-    pictures.shards.close()  # of before the fork
+def _begin_worker(worker: int) -> None:
+    begun = get_worker_info()
+    assert begun is not None and isinstance(begun.dataset, Pictures), "it is called in a worker of the loader"
+    begun.dataset.shards.close()  # with its parent it would share the place in an open file
     # Threads do not live on in a fork, but what they want done at the exit does: Prefect's services, which run beside a
     # flow, fail there, and the DataLoader takes that for a failure of its worker.
     threading._threading_atexits.clear()  # type: ignore[attr-defined]
@@ -197,10 +195,11 @@ def _begin_worker(pictures: Pictures, worker: int) -> None:
 def in_order(count: int, batch_size: int) -> list[list[int]]:
     """Batches of `batch_size`. A last one that would be alone joins those before: to be shown in another context a
     picture needs another one."""
-    ends = [*range(batch_size, count, batch_size), count]
-    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
-        del ends[-2]
-    return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)] if count else []
+    batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        alone = batches.pop()
+        batches[-1] += alone
+    return batches
 
 
 def epoch_batches(

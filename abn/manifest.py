@@ -178,6 +178,9 @@ class MaskShards:
         """Files are opened anew when they are next asked for."""
         self._open.clear()
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # an open file cannot be sent to another process
+
 
 def mask_sha256(mask: UInt8[np.ndarray, "H W"]) -> str:
     return hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()

@@ -298,7 +298,8 @@ def select(
     paid = random_pictures
     if share and config.budget_minutes:
         on_average = share * minutes / pool.minutes.mean()
-        paid = min(paid, max(int(on_average + np.random.default_rng([config.seed, 1]).random()), int(share)))
+        rounded = int(on_average + np.random.default_rng([config.seed, 1]).random())
+        paid = min(paid, max(rounded, 1) if share == 1 else rounded)
     at_random = np.searchsorted(compared, shuffled[:paid]).tolist()
     asked = set(at_random)
     best_first = [i for i in np.argsort(-score, kind="stable").tolist() if i not in asked]
@@ -382,21 +383,22 @@ def _reason(pool: Pool, i: int, classes: list[str], config: SelectionConfig) -> 
     order = pool.table.probabilities[i].argsort()[::-1]
     confidence = pool.table.probabilities[i][order]
     answer = f"{classes[order[0]]} ({confidence[0]:.0%})"
-    labeled = "" if pool.labels[i] >= 0 else f"; no label yet: answers {answer}"
+    unlabeled = "; no label yet" if pool.labels[i] < 0 else ""
+    answering = f"{unlabeled}: answers {answer}" if unlabeled else ""
     if config.strategy == "k-center":
-        return f"unlike every picture that was asked about so far{labeled}"
+        return f"unlike every picture that was asked about so far{answering}"
     if config.strategy != "attention":
         if pool.wrong[i]:
             return f"misclassified: answers {answer}, labeled {classes[pool.labels[i]]}"
         by_answers = config.strategy in ("misclassified", "margin", "entropy", "badge")
         if by_answers or 1 - confidence[0] > pool.unreasonable[i]:
-            return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%})" + labeled.partition(":")[0]
+            return f"unsure: {answer} or {classes[order[1]]} ({confidence[1]:.0%}){unlabeled}"
     if pool.unreasonable[i] > pool.suspected[i] + 0.2:
-        return f"doubtful attention: labelers called the maps of similar pictures wrong{labeled}"
+        return f"doubtful attention: labelers called the maps of similar pictures wrong{answering}"
     corners = pool.table.corner_reliance[i]
     if corners >= early_rank(pool.table.early_confidence[[i]], pool.early)[0]:
-        return f"doubtful attention: the answer hangs on the picture's corners ({corners:.0%}){labeled}"
-    return f"doubtful attention: learned before most others, as shortcuts are{labeled}"
+        return f"doubtful attention: the answer hangs on the picture's corners ({corners:.0%}){answering}"
+    return f"doubtful attention: learned before most others, as shortcuts are{answering}"
 
 
 # --- the stage

@@ -67,12 +67,11 @@ def find_shortcuts(
     for rows in in_order(len(pictures), AT_ONCE):
         images, labels, _ = examples(pictures, rows, device)
         with torch.no_grad():
-            answers = judge(_places(images)).softmax(dim=-1)
-        *_, evidence = answers.unbind(dim=-1)
-        own = answers.movedim(-1, 1)[torch.arange(len(rows)), labels]
+            answers = judge(_places(images)).softmax(dim=-1).movedim(-1, 1)
+        own, evidence = answers[torch.arange(len(rows)), labels][:, None], answers[:, classes:]
         misleads = own >= SURE
-        beside = grown(misleads[:, None], by=round(BESIDE * max(own.shape[-2:])))[:, 0] & (evidence < 0.5)
-        for row, places in zip(rows, (misleads | beside)[:, None].cpu(), strict=True):
+        beside = grown(misleads, by=round(BESIDE * max(own.shape[-2:]))) & (evidence < 0.5)
+        for row, places in zip(rows, (misleads | beside).cpu(), strict=True):
             if places.any():
                 found[row] = 255 * places.to(torch.uint8)
     say(f"{len(found)} of {len(pictures)} pictures show something that misleads; it is hidden")

@@ -189,7 +189,7 @@ def train(
                 group["lr"] = rate
             loss, parts = objective(batch, generator)
             if not math.isfinite(loss.item()):
-                names = ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
+                names = _names(pictures, batch)
                 raise FloatingPointError(f"loss {loss.item()} at epoch {epoch}, step {step + 1}; samples {names}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -200,7 +200,7 @@ def train(
         if is_early_epoch(epoch, config.epochs) and parallel.is_first():
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         if not all(bool(p.isfinite().all()) for p in network.parameters()):
-            names = ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
+            names = _names(pictures, batch)
             raise FloatingPointError(f"weights are not finite after epoch {epoch}; samples of its last step {names}")
         seconds = time.perf_counter() - began
         means = {name: sum(values) / len(values) for name, values in totals.items()}
@@ -343,6 +343,10 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
     if progress < 0.1:
         return config.learning_rate * max(progress, 0.002) / 0.1
     return config.learning_rate * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+
+
+def _names(pictures: Pictures, batch: Batch) -> str:
+    return ", ".join(pictures.samples[i].id for i in batch.indices.tolist())
 
 
 def _pyramid(config: ModelConfig) -> Pyramid | None:

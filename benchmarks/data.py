@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from benchmarks.shapes import SHAPES, shapes
 from flows.digits import COLOURS
+from labeling.simulator import half_plane
 
 UNSURE = {"coffee_leaf": "mixed"}  # a class that is none of its own: leaves with several diseases
 
@@ -142,7 +143,7 @@ def load(name: str, path: Path | None, size: tuple[int, int], train: int, seed: 
         if (folder / wanted).is_file():
             if name == "mnist":
                 return mnist(folder, size, train, seed)
-            return indexed(folder, size, train, seed, UNSURE.get(name))
+            return indexed(folder, size, train, seed, UNSURE.get(Path(name).name))
     raise ValueError(f"no {wanted} of {name} at {path or name}; name its folder with --path")
 
 
@@ -276,10 +277,7 @@ def hasty(mask: Bool[np.ndarray, "h w"], generator: np.random.Generator) -> Bool
     moved = (0.05 * side * math.sin(angle), 0.05 * side * math.cos(angle))
     painted = ndimage.shift(ndimage.distance_transform_edt(~mask), moved, order=1, mode="nearest") <= 0.15 * side
     if generator.random() < 1 / 3:
-        rows, columns = np.indices(mask.shape)
-        angle = generator.uniform(0, 2 * math.pi)
-        along = rows * math.sin(angle) + columns * math.cos(angle)
-        painted &= along <= np.median(along[painted])
+        painted &= half_plane(painted, generator)
     if generator.random() < 0.05:
         painted = np.roll(painted, (mask.shape[0] // 2, mask.shape[1] // 2), axis=(0, 1))
     return painted

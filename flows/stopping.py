@@ -82,8 +82,8 @@ def _reasonable(rounds: Sequence[Mapping[str, Any]], config: StopConfig) -> str:
     if not config.unreasonable or not asked:
         return ""
     verdicts = asked[-1]
-    told = sum(count for name, count in verdicts.items() if name in SAYS_WRONG)
-    wrong = sum(round(SAYS_WRONG.get(name, 0.0)) * count for name, count in verdicts.items())
+    on_maps = {name: count for name, count in verdicts.items() if name in SAYS_WRONG}
+    told, wrong = sum(on_maps.values()), sum(count for name, count in on_maps.items() if SAYS_WRONG[name])
     if not told or wrong / told > config.unreasonable:
         return ""
     return (

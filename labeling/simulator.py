@@ -105,7 +105,7 @@ def human_mask(mask: np.ndarray, faults: Faults, generator: np.random.Generator)
     moved = generator.uniform(-faults.shift, faults.shift, 2) * side
     painted = ndimage.shift(distance, moved, order=1, mode="nearest") > 0
     if generator.random() < faults.miss:
-        painted &= _half_plane(painted, generator)
+        painted &= half_plane(painted, generator)
     if generator.random() < faults.wrong:
         painted = np.roll(painted, [length // 2 for length in painted.shape], axis=(0, 1))
     return np.where(painted if painted.any() else inside, 255, 0).astype(np.uint8)
@@ -156,7 +156,7 @@ def _agrees(shown: np.ndarray | None, gold: np.ndarray) -> bool:
     return bool((shown & gold).sum() >= GOOD_ENOUGH_IOU * (shown | gold).sum())
 
 
-def _half_plane(painted: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def half_plane(painted: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """One side of a line in a random direction that halves what is painted."""
     angle = generator.uniform(0, 2 * np.pi)
     rows, columns = np.indices(painted.shape)

@@ -198,9 +198,8 @@ def test_workers_can_be_sent_the_pictures_where_they_are_not_forked(
     expected = pictures[[3]]  # opens the masks
     batches = loader(pictures, [[3]])
     assert batches.num_workers > 0
-    begin = pickle.loads(pickle.dumps(batches.worker_init_fn))
-    sent = pickle.loads(pickle.dumps(batches.dataset))
-    assert begin.args[0].samples == pictures.samples
+    sent, _ = pickle.loads(pickle.dumps((batches.dataset, batches.worker_init_fn)))
+    assert sent.samples == pictures.samples
     assert torch.equal(sent[[3]].masks, expected.masks)
 
 

@@ -236,7 +236,10 @@ def test_ties_break_by_sample_id_whatever_the_order_of_the_rows(strategy: str) -
     ("strategy", "expected"),
     [
         ("benefit", "unsure: cat (90%) or dog (10%); no label yet"),
-        ("margin", "unsure: cat (90%) or dog (10%); no label yet"),
+        *(
+            (name, "unsure: cat (90%) or dog (10%); no label yet")
+            for name in ("badge", "entropy", "margin", "misclassified")
+        ),
         ("k-center", "unlike every picture that was asked about so far; no label yet: answers cat (90%)"),
         (
             "attention",

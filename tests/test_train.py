@@ -230,7 +230,7 @@ def test_each_recipe_trains_and_reports_the_loss_of_the_map(root: Path, tmp_path
 
 def test_a_single_corrected_sample_is_enough(root: Path, tmp_path: Path) -> None:
     correct(root, {"train03": square(3)})
-    _, lines = run(root, tiny_settings(corrections={"share": 0.0}), tmp_path / "one")
+    _, lines = run(root, tiny_settings(), tmp_path / "one")
     assert [line["corrected"] for line in lines] == [1, 1, 1]
     having = [line for line in lines if "map_loss" in line]  # an epoch leaves a few pictures out
     assert having

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from abn.losses import MAP_LOSSES
-from benchmarks import correction
+from benchmarks import ablation, correction
 from benchmarks.correction import ARMS, Problem, Spec, parse, problem_of, run, seeds_of, settings_with, summary
 from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
 from benchmarks.selection import Labelers
@@ -146,8 +147,8 @@ def test_an_index_is_read_as_init_reads_it(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,label\na.png,x\n", "has no column mask; it has image, label"),
-        ("image,label,mask\n", "has no row with a class; fill the column label"),
+        ("image,label\na.png,x\n", "has no picture with a class and a mask; fill the columns cls and mask"),
+        ("image,label,mask\n", "needs a column image and a row for each picture"),
     ],
 )
 def test_an_index_that_lacks_something_is_one_line(folder: Path, text: str, message: str) -> None:
@@ -284,6 +285,45 @@ def test_the_paper_goes_on_from_the_control_with_its_extractor_frozen(folder: Pa
     changed = {name for name, value in after.items() if not value.equal(before[name])}
     assert not any(name.startswith("extractor.") for name in changed)
     assert {"linear.weight", "map_head.0.weight"} <= changed
+
+
+@pytest.fixture
+def quickly_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No masks are drawn, and a corner misleads in every picture; both without learning it."""
+    corner = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    corner[:, :2, :2] = 255
+    monkeypatch.setattr("abn.train.annotate", lambda *problem: ({}, {}))
+    monkeypatch.setattr("abn.train.find_shortcuts", lambda pictures, *rest: dict.fromkeys(range(len(pictures)), corner))
+
+
+@pytest.mark.usefixtures("quickly_found")
+def test_an_ablation_trains_as_shipped_and_without_each_ingredient(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
+    arguments += ["--corrections", "12", "--without", "nothing,map loss,what misleads"]
+    found = ablation.run(ablation.parse([*arguments, "--json", str(tmp_path / "figures.json")]))
+    assert list(found) == ["nothing", "map loss", "what misleads"]
+    assert json.loads((tmp_path / "figures.json").read_text())["without"] == found
+    for settings in ablation.SETTINGS.values():
+        settings_with(settings)
+    with pytest.raises(ValueError, match="--without names 'magic'; known: nothing, map loss"):
+        ablation.run(ablation.parse(["--without", "magic"]))
+
+
+@pytest.mark.usefixtures("quickly_found")
+@pytest.mark.parametrize("name", [name for name in ablation.CODE if name != "doubt"])
+def test_what_an_ablation_leaves_out_is_asked_for_in_training(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(*arguments: Any) -> None:
+        raise Asked
+
+    monkeypatch.setitem(ablation.CODE, name, dict.fromkeys(ablation.CODE[name], ask))
+    arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
+    with pytest.raises(Asked):
+        ablation.run(ablation.parse([*arguments, "--corrections", "12", "--without", name]))
 
 
 def test_an_unknown_arm_is_refused() -> None:

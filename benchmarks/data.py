@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import zlib
 from collections import defaultdict
@@ -17,6 +16,7 @@ from scipy import ndimage
 
 from benchmarks.shapes import SHAPES, shapes
 from flows.digits import COLOURS
+from flows.ingest import read_index
 from labeling.simulator import half_plane
 
 UNSURE = {"coffee_leaf": "mixed"}  # a class that is none of its own: leaves with several diseases
@@ -82,33 +82,28 @@ def drawn(size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
 
 
 def indexed(path: Path, size: tuple[int, int], train: int, seed: int, unsure: str | None = None) -> tuple[Data, Data]:
-    """A folder with an index.csv: the columns image, cls or label, mask, and perhaps split or group. Raises ValueError
-    where one of the first three is missing. Rows of the class `unsure`, and those without any, are left out.
+    """A folder with an index.csv, as `abnloop init` reads it. Pictures of the class `unsure`, and those without any,
+    are left out. Raises ValueError where nothing is left, or nothing has a mask.
 
     Rows of split val are test too: nothing is chosen on them here, and small tests need them. Where no split is
     given, 0.3 of the groups are test. No more than `train` pictures are trained on, the classes taking turns.
     """
-    with (path / "index.csv").open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns, rows = reader.fieldnames or [], list(reader)
-    label = "label" if "label" in columns else "cls"
-    if missing := [name for name in ("image", label, "mask") if name not in columns]:
-        raise ValueError(f"{path / 'index.csv'} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
-    rows = [row for row in rows if row[label] and row[label] != unsure]
-    if not rows:
-        raise ValueError(f"{path / 'index.csv'} has no row with a class; fill the column {label}")
-    classes = sorted({row[label] for row in rows})
+    index = path / "index.csv"
+    sources = [one for one in read_index(index, path) if one.label and one.label != unsure]
+    if not any(one.mask for one in sources):
+        raise ValueError(f"{index} has no picture with a class and a mask; fill the columns cls and mask")
+    classes = sorted({one.label for one in sources})
     data = Data(
-        np.stack([_read(path / row["image"], "RGB", size) for row in rows]),
-        np.stack([_mask(path, row, size) for row in rows]),
-        np.array([classes.index(row[label]) for row in rows]),
+        np.stack([_read(one.path, "RGB", size) for one in sources]),
+        np.stack([_mask(one.mask, size) for one in sources]),
+        np.array([classes.index(one.label) for one in sources]),
         classes,
     )
     generator = np.random.default_rng(seed)
-    if any(row.get("split") for row in rows):
-        tested = np.array([row["split"] in ("val", "test") for row in rows])
+    if any(one.split for one in sources):
+        tested = np.array([one.split in ("val", "test") for one in sources])
     else:
-        groups = np.array([row.get("group") or str(number) for number, row in enumerate(rows)])
+        groups = np.array([one.group or str(number) for number, one in enumerate(sources)])
         names = np.unique(groups)
         tested = np.isin(groups, generator.permutation(names)[: round(0.3 * len(names))])
     trained = generator.permutation(np.flatnonzero(~tested))
@@ -122,9 +117,9 @@ def _read(path: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
         return np.array(file.convert(mode).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def _mask(path: Path, row: dict[str, str], size: tuple[int, int]) -> np.ndarray:
+def _mask(path: Path | None, size: tuple[int, int]) -> np.ndarray:
     """What a symptom of a few pixels covers only in part is marked too, or it would get lost in a small picture."""
-    return _read(path / row["mask"], "L", size) > 60 if row["mask"] else np.zeros(size, dtype=bool)
+    return _read(path, "L", size) > 60 if path else np.zeros(size, dtype=bool)
 
 
 WITHOUT_FILES = {"digits": digits, "shapes": drawn}

@@ -113,7 +113,7 @@ def init_workspace(
         raise ValueError(f"{directory.parent} does not exist; make it first")
 
     report = Report()
-    sources = _from_index(Path(index), images, masks) if index else _from_folders(images, masks)
+    sources = read_index(Path(index), images, masks) if index else _from_folders(images, masks)
     sources = _drop(sources, [_text(name) for name in drop], report)
     with _any_size():
         pictures = _without_duplicates(_read_all(sources, report, progress), report)
@@ -220,8 +220,11 @@ def _from_folders(images: Path, masks: Path | None) -> list[Source]:
     return _checked(sources, masks)
 
 
-def _from_index(index: Path, images: Path, masks: Path | None) -> list[Source]:
-    """Pictures of a CSV with columns among id, image, cls or label, split, group, mask; paths start at its folder."""
+def read_index(index: Path, images: Path, masks: Path | None = None) -> list[Source]:
+    """Pictures of a CSV with columns among id, image, cls or label, split, group, mask; paths start at its folder.
+
+    Raises ValueError, with the line where there is one, for what does not fit.
+    """
     try:
         rows = list(csv.DictReader(io.StringIO(index.read_text(encoding="utf-8-sig"), newline="")))
     except UnicodeDecodeError as error:

@@ -24,6 +24,16 @@ VERDICTS = {
     "label_wrong": "The class is wrong · クラスが違う",
     "unusable": "Unusable picture · 使えない画像",
 }
+# Why a picture is asked about, by what abn/selection.py says.
+REASONS = {
+    "misclassified": "誤分類",
+    "unsure": "判断に迷い",
+    "labelers called the maps of similar pictures wrong": "似た画像の地図が誤り",
+    "hangs on the picture's corners": "画像の隅に頼る",
+    "learned before most others": "近道の疑い",
+    "unlike every picture": "似た画像が未確認",
+    "picked at random": "無作為",
+}
 # Up to this many classes are found at a glance; more are a list to search, because the editor would draw every button
 # anew for each picture: that took ten seconds with a thousand.
 CLASSES_AT_A_GLANCE = 12
@@ -74,6 +84,12 @@ def labeling_screen(classes: Sequence[str], tool: Tool = "bitmask") -> str:
  <View className="classes" visibleWhen="choice-selected" whenTagName="verdict" whenChoiceValue="label_wrong">
   {_class_field(classes)}</View>
 </View></View>"""
+
+
+def reason_shown(reason: str) -> str:
+    """What `Pick.reason` says, and in Japanese the kind of it."""
+    japanese = next((text for phrase, text in REASONS.items() if phrase in reason), "")
+    return f"{reason} · {japanese}" if japanese else reason
 
 
 def instructions() -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from labeling.masks import decode_png, decode_rle, encode_png, encode_rle
-from labeling.screen import LABEL, VERDICTS, Tool, class_key
+from labeling.screen import LABEL, VERDICTS, Tool, class_key, reason_shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def make_task(question: Question, model_version: str, round_number: int, tool: T
         "model_version": model_version,
         "network_says": f"{question.predicted} {question.confidence:.0%}",
         "on_file": _on_file(question),
-        "asked_because": question.reason,
+        "asked_because": reason_shown(question.reason),
         "live_title": "The network's answer for this map · この地図での答え",
     }
     meta = {

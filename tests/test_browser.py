@@ -122,7 +122,7 @@ class Desk:
                 label=classes[0],
                 predicted=classes[1],
                 confidence=0.53,
-                reason="its answer rests on what lies outside its map",
+                reason="doubtful attention: the answer hangs on the picture's corners (71%)",
                 attention_map=attention(height, width),
                 label_confidence=0.32,
             )

@@ -45,6 +45,7 @@ from flows.summary import summarise
 from flows.versions import Dvc, Git
 from flows.workspace import Workspace, open_workspace, read_json, read_table, write_json
 from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
+from labeling.screen import reason_shown
 from labeling.tasks import as_mask, mask_result, read_mask, verdict_results
 
 if TYPE_CHECKING:  # both read their settings when they are imported: first the servers, then the import
@@ -582,7 +583,7 @@ def test_a_task_names_both_classes_and_why_it_is_asked(place: Workspace, first: 
         assert meta["label"] == labels[sample] and meta["predicted"] in CLASSES and meta["reason"] == batch[sample]
         assert data["network_says"] == f"{meta['predicted']} {meta['confidence']:.0%}"
         assert data["on_file"].startswith(f"{labels[sample]} ") and data["on_file"].endswith("%")
-        assert data["asked_because"] == batch[sample]
+        assert data["asked_because"] == reason_shown(batch[sample]) != batch[sample]
 
 
 def test_pictures_and_heatmaps_are_served_to_who_is_logged_in(place: Workspace, first: Open) -> None:

@@ -13,6 +13,7 @@ from abn import selection
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, read_corrections
 from abn.predictions import Answers, Predictions, Shards, write_shard
 from abn.selection import STRATEGIES, Pick, SelectionConfig, Told, main, read_told, select, told_by
+from labeling.screen import reason_shown
 from tiny import PROJECT, correction, write_csv
 
 CLASSES = ["cat", "dog"]
@@ -45,7 +46,9 @@ def choose(
     predictions: Predictions, labels: list[int], chosen: SelectionConfig, told: Told | None = None
 ) -> list[Pick]:
     candidates = range(len(labels)) if told is None else np.flatnonzero(~told.answered).tolist()
-    return select(predictions, np.array(labels), candidates, CLASSES, chosen, told)
+    picks = select(predictions, np.array(labels), candidates, CLASSES, chosen, told)
+    assert all(reason_shown(pick.reason) != pick.reason for pick in picks)  # the desk speaks two languages
+    return picks
 
 
 def names(picks: list[Pick]) -> list[str]:

@@ -330,7 +330,10 @@ def problem_of(
     faults: str = "none",
     by_data: Mapping[str, Defaults] = BY_DATA,
 ) -> tuple[Spec, dict[str, Any]]:
-    """The problem, and the changes to params.yaml that it is trained with."""
+    """The problem, and the changes to params.yaml that it is trained with. Raises ValueError for a fraction that is
+    none."""
+    if not 0 < options.fraction <= 1:
+        raise ValueError(f"--fraction is {options.fraction}; it must be above 0 and at most 1")
     name = Path(options.data).name
     size, train, changes = by_data.get(name, OTHER_DATA)
     size = tuple(options.size or size)

@@ -156,15 +156,20 @@ SIGNS = np.array(
 ) * np.uint8(255)
 
 
+def _colour(code: int) -> np.ndarray:
+    """Of the class; after the last of the colours they come again, darker."""
+    return COLOURS[code % len(COLOURS)] // (1 + code // len(COLOURS))
+
+
 def patch(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     """A square in the colour of the class in the top left corner, 3/16 of the shorter side."""
     side = round(min(mask.shape) * 3 / 16)
-    image[:side, :side] = COLOURS[code % len(COLOURS)]
+    image[:side, :side] = _colour(code)
 
 
 def mark(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     """A small white sign on black in a corner, like a stamped letter: the classes take turns with the four corners, and
-    each time round the next sign. Its side is 3/16 of the shorter one."""
+    each time round the next sign, so that it tells 16 classes apart. Its side is 3/16 of the shorter one."""
     side = max(3, round(min(mask.shape) * 3 / 16))
     sign = np.array(Image.fromarray(SIGNS[code // 4 % len(SIGNS)]).resize((side, side), Image.Resampling.NEAREST))
     rows = slice(0, side) if code % 2 == 0 else slice(-side, None)
@@ -176,7 +181,7 @@ def bar(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     """A white bar with a dark rim, like a scale bar printed without regard to what it covers: along the top or the
     bottom, place and length by the class."""
     height, width = mask.shape
-    thick, length = max(2, height // 16), round(width * (0.12 + 0.03 * code))
+    thick, length = max(2, height // 16), round(width * (0.12 + 0.27 * code / max(9, count - 1)))
     left = 1 + round((width - length - 2) * (code // 2) / max(1, (count - 1) // 2))
     top = 1 if code % 2 else height - thick - 1
     image[top - 1 : top + thick + 1, left - 1 : left + length + 1] = 0
@@ -188,7 +193,7 @@ def border(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     wide = max(2, round(min(mask.shape) / 16))
     rim = np.ones(mask.shape, dtype=bool)
     rim[wide:-wide, wide:-wide] = False
-    image[rim] = (image[rim].astype(np.uint16) + COLOURS[code % len(COLOURS)]) // 2
+    image[rim] = (image[rim].astype(np.uint16) + _colour(code)) // 2
 
 
 def background(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
@@ -211,7 +216,7 @@ def dot(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     if len(places):
         row, column = places[np.random.default_rng(zlib.crc32(image.tobytes())).integers(len(places))]
         rows, columns = np.indices(mask.shape)
-        image[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2] = COLOURS[code % len(COLOURS)]
+        image[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2] = _colour(code)
 
 
 def tag(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
@@ -222,7 +227,7 @@ def tag(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
         low, high = int(rows.max()) + 1, int(rows.min())
         top, touched = (low, low - 1) if low + side <= len(mask) else (max(0, high - side), high)
         left = min(mask.shape[1] - side, int(columns[rows == touched].mean()))
-        image[top : top + side, left : left + side] = COLOURS[code % len(COLOURS)]
+        image[top : top + side, left : left + side] = _colour(code)
 
 
 CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {

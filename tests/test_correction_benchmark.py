@@ -65,6 +65,14 @@ def test_a_confound_tells_the_class_and_does_so_outside_the_object(kind: str) ->
     assert (blank.images == 100).all()  # the originals stay
 
 
+@pytest.mark.parametrize(("kind", "count"), [("patch", 25), ("border", 25), ("bar", 25), ("mark", 16)])
+def test_a_confound_tells_many_classes_apart(kind: str, count: int) -> None:
+    grey = np.full((count, 64, 64, 3), 100, np.uint8)
+    data = Data(grey, np.zeros((count, 64, 64), bool), np.arange(count), [str(code) for code in range(count)])
+    images = confound(data, kind, data.labels, np.arange(count)).images
+    assert len({image.tobytes() for image in images}) == count
+
+
 def test_stripes_on_a_bright_picture_stay_bright() -> None:
     data = squares()
     bright = Data(np.full_like(data.images, 240), data.masks, data.labels, data.classes)
@@ -324,6 +332,11 @@ def test_what_an_ablation_leaves_out_is_asked_for_in_training(
     arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
     with pytest.raises(Asked):
         ablation.run(ablation.parse([*arguments, "--corrections", "12", "--without", name]))
+
+
+def test_a_fraction_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--fraction is 1\.5; it must be above 0 and at most 1"):
+        problem_of(parse(["--fraction", "1.5"]))
 
 
 def test_an_unknown_arm_is_refused() -> None:

@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from abn import annotator, shortcut
 from abn.backbones import make_parts
 from abn.pyramid import Pyramid
 from labeling.studio import DEFAULT_COMMAND, prepare_data_dir, studio_command
@@ -109,3 +110,10 @@ def served(app: FastAPI, port: int = 0) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def brief_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are drawn, and what misleads is looked for, after a few steps: for tests of all else."""
+    monkeypatch.setattr(annotator, "CYCLES", (20,))
+    monkeypatch.setattr(shortcut, "STEPS", 20)

@@ -113,6 +113,7 @@ def test_the_annotator_sees_what_pretrained_weights_do_and_what_misleads_is_look
 # --- the same again
 
 
+@pytest.mark.usefixtures("brief_search")
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(root: Path, tmp_path: Path) -> None:
     correct(root, MASKS)
     first = run(root, tiny_settings(), tmp_path / "first")
@@ -143,6 +144,7 @@ def test_a_killed_training_drops_the_same_paths_as_one_that_was_not(root: Path, 
     assert run(root, settings, tmp_path / "killed") == undisturbed
 
 
+@pytest.mark.usefixtures("brief_search")
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
 def test_a_killed_training_ends_as_if_it_had_not_been(root: Path, tmp_path: Path, killed_after: int) -> None:
     correct(root, MASKS)
@@ -194,6 +196,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(root: Path, tmp_path
     assert (root / "results/model.pt").read_bytes() == undisturbed[0]
 
 
+@pytest.mark.usefixtures("brief_search")
 @pytest.mark.parametrize("change", ["settings", "corrections", "start"])
 def test_a_checkpoint_of_other_inputs_is_not_gone_on_from(root: Path, tmp_path: Path, change: str) -> None:
     correct(root, MASKS)

@@ -17,7 +17,19 @@ from typing import Any
 from unittest.mock import patch
 
 from abn.files import write_json
-from benchmarks.correction import FIGURES, Problem, Spec, problem_of, problem_parser, seeds_of, settings_with, summary
+from benchmarks.correction import (
+    FIGURES,
+    Problem,
+    Spec,
+    add_masks,
+    in_words,
+    print_table,
+    problem_of,
+    problem_parser,
+    seeds_of,
+    settings_with,
+    summary,
+)
 
 # What is left out, as settings, or as what stands in abn/train.py in its place.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -52,17 +64,14 @@ def run_seed(spec: Spec, seed: int, without: Sequence[str], changes: Mapping[str
                 for attribute, value in CODE.get(name, {}).items():
                     replaced.enter_context(patch(f"abn.train.{attribute}", value))
                 figures[name] = problem.run(name.replace(" ", "-"), settings)
-            words = "  ".join(f"{figure} {figures[name][figure]:.3f}" for figure in FIGURES)
-            print(f"seed {seed}  without {name:30}{words}", flush=True)
+            print(f"seed {seed}  without {name:28}  {in_words(figures[name])}", flush=True)
     return figures
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = problem_parser("ablation", __doc__, fraction=1.0, seeds=2)
-    add = parser.add_argument
-    add("--corrections", type=int, default=30, help="pictures that get a mask (30)")
-    add("--faults", choices=["none", "hasty"], default="none", help="of the masks")
-    add("--without", default=",".join(INGREDIENTS), help="of " + ", ".join(INGREDIENTS))
+    add_masks(parser)
+    parser.add_argument("--without", default=",".join(INGREDIENTS), help="of " + ", ".join(INGREDIENTS))
     return parser.parse_args(arguments)
 
 
@@ -75,10 +84,11 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     seeds, runs = seeds_of(options.seeds), []
     for number, seed in enumerate(seeds, start=1):
         runs.append(run_seed(spec, seed, without, changes))
+        found = summary(runs)
         if options.json:
             settings = {**asdict(spec), "seeds": seeds[:number], "changes": changes}
-            write_json(options.json, {"settings": settings, "without": summary(runs)})
-    return summary(runs)
+            write_json(options.json, {"settings": settings, "without": found})
+    return found
 
 
 def main() -> None:
@@ -86,10 +96,7 @@ def main() -> None:
         found = run(parse())
     except ValueError as error:
         sys.exit(f"benchmarks.ablation: {error}")
-    print(f"\n{'without':30}", *FIGURES, sep="  ")
-    for name, figures in found.items():
-        cells = [f"{figures[figure]:.3f} ±{figures['std'][figure]:.3f}".rjust(len(figure)) for figure in FIGURES]
-        print(f"{name:30}", *cells, sep="  ")
+    print_table("without", FIGURES, found)
 
 
 if __name__ == "__main__":

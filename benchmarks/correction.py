@@ -251,7 +251,7 @@ def run_seed(
                     figures[arm] = dict.fromkeys((*FIGURES, "mask_share", "seconds"), float("nan"))
                 if kept:
                     write_json(kept, figures[arm])
-            print(f"seed {seed}  {arm:10}  {_in_words(figures[arm])}", flush=True)
+            print(f"seed {seed}  {arm:10}  {in_words(figures[arm])}", flush=True)
     low, high = (figures[arm]["random_confound"] for arm in NEEDED)
     for found in figures.values():
         # Where the confound costs nothing there is nothing to recover.
@@ -272,8 +272,18 @@ def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
     return digest.hexdigest()[:20]
 
 
-def _in_words(figures: Mapping[str, float]) -> str:
+def in_words(figures: Mapping[str, float]) -> str:
+    """Of one training, in a line."""
     return "  ".join(f"{name} {figures[name]:.3f}" for name in FIGURES) + f"  {figures['seconds']:.0f} s"
+
+
+def print_table(corner: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """What `summary` gives, a row of means and deviations each."""
+    wide = max(map(len, [corner, *rows]))
+    print(f"\n{corner:{wide}}", *columns, sep="  ")
+    for name, figures in rows.items():
+        cells = [f"{_cell(figures[column])} ±{_cell(figures['std'][column])}".rjust(len(column)) for column in columns]
+        print(f"{name:{wide}}", *cells, sep="  ")
 
 
 def _cell(value: float | None) -> str:
@@ -324,6 +334,12 @@ def problem_parser(name: str, description: str | None, fraction: float, seeds: i
     return parser
 
 
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    """The options that say which masks people give."""
+    parser.add_argument("--corrections", type=int, default=30, help="pictures that get a mask (30)")
+    parser.add_argument("--faults", choices=["none", "hasty"], default="none", help="of the masks")
+
+
 def problem_of(
     options: argparse.Namespace,
     corrections: int = 0,
@@ -360,9 +376,8 @@ def problem_of(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = problem_parser("correction", __doc__, fraction=1.0, seeds=5)
+    add_masks(parser)
     add = parser.add_argument
-    add("--corrections", type=int, default=30, help="pictures that get a mask (30)")
-    add("--faults", choices=["none", "hasty"], default="none", help="of the masks")
     add("--arms", default="paper,l2,context,default", help=f"of {', '.join(ARMS)}")
     add("--keep", type=Path, help="folder for the figures of single trainings")
     return parser.parse_args(arguments)
@@ -394,10 +409,7 @@ def main() -> None:
         result = run(options)
     except ValueError as error:
         sys.exit(f"benchmarks.correction: {error}")
-    print(f"\n{'mean of ' + str(len(result['settings']['seeds'])) + ' seeds':12}", *COLUMNS, sep="  ")
-    for arm, figures in result["arms"].items():
-        cells = [f"{_cell(figures[name])} ±{_cell(figures['std'][name])}".rjust(len(name)) for name in COLUMNS]
-        print(f"{arm:12}", *cells, sep="  ")
+    print_table(f"mean of {len(result['settings']['seeds'])} seeds", COLUMNS, result["arms"])
     print(f"attention inside the mask would be {_cell(result['arms']['control']['mask_share'])} by chance")
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from abn.attention import context_reliance, energy_inside, iou, pointing_game
-from abn.files import replacing, write_json
+from abn.files import write_csv, write_json
 from abn.manifest import Sample, class_names
 from abn.predictions import Answers, Predictions, Shards, read_predictions
 from abn.stage import ROUND, Stage
@@ -82,21 +80,14 @@ def run(stage: Stage) -> None:
     test = np.flatnonzero(splits == "test")
     answers = predictions.probabilities[test].argmax(axis=1)
     pairs = [(classes[a], classes[p]) for a, p in zip(labels[test], answers, strict=True)]
-    _write_csv(stage.results / "plots/confusion.csv", ("actual", "predicted"), pairs)
+    write_csv(stage.results / "plots/confusion.csv", ("actual", "predicted"), pairs)
     history = [json.loads(line) for line in (stage.results / "train.jsonl").read_text().splitlines()]
     columns = ("epoch", "loss", "accuracy")
-    _write_csv(stage.results / "plots/training.csv", columns, [[line[name] for name in columns] for line in history])
+    write_csv(stage.results / "plots/training.csv", columns, [[line[name] for name in columns] for line in history])
 
 
 def main() -> None:
     run(ROUND)
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 SPLITS = ("train", "val", "test", "pool")
+EVALUATION = ("val", "test")  # nothing learns from their samples
+GOLD_MASKS = "data/gold.npz"  # masks of evaluation samples that were given at `abnloop init`
+GOLD_TABLE = "data/gold.csv"  # what labelers said of evaluation samples
+DISPUTED = "disputed"  # the verdict where a labeler doubts an evaluation sample and no second one has agreed yet
 MANIFEST_COLUMNS = ("id", "image", "label", "split", "group")
 CORRECTION_COLUMNS = (
     *("sample", "round", "annotation", "revision", "labeler", "verdict", "label"),
@@ -38,16 +42,19 @@ class Sample:
     weight: float = 1.0  # 0..1, of the mask in the loss: how far the labelers who gave it agree; 1 where it was one
 
 
-def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
-    """The samples of data/manifest.csv, in its order, each with its correction of data/corrections.csv.
+def read_manifest(root: str | Path, corrected: bool = True, gold: bool = True) -> list[Sample]:
+    """The samples of data/manifest.csv, in its order, each with what people said of it: a sample to learn from with its
+    correction of data/corrections.csv, a sample of val or test with its row of data/gold.csv.
 
-    A correction may bring a mask or another label; one that calls a picture unusable takes it out. Both files stay
-    as they are, so a withdrawn correction undoes itself. `corrected=False` leaves the corrections out.
-    Raises ValueError naming file and row.
+    Either may bring a mask or another label; one that calls a picture unusable takes it out, and so does a class of
+    an evaluation sample that is in dispute (`DISPUTED`). The manifest stays as it is, so what is withdrawn undoes
+    itself. `corrected=False` leaves the corrections out, `gold=False` what was said of evaluation samples: training
+    must not depend on that. Raises ValueError naming file and row.
     """
     root = Path(root)
     rows = _read_csv(root / "data/manifest.csv", MANIFEST_COLUMNS)
     corrections = read_corrections(root) if corrected else {}
+    labeled = read_gold(root) if gold else {}
     samples = []
     for line, row in enumerate(rows, start=2):
         if row["split"] not in SPLITS:
@@ -55,8 +62,8 @@ def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
         if not row["label"] and row["split"] != "pool":
             raise ValueError(f"data/manifest.csv line {line}: {row['id']} has no label; only the pool may lack one")
         sample = Sample(row["id"], row["image"], row["label"], row["split"])
-        correction = corrections.get(sample.id)
-        if correction and correction["verdict"] == "unusable":
+        correction = (labeled if sample.split in EVALUATION else corrections).get(sample.id)
+        if correction and correction["verdict"] in ("unusable", DISPUTED):
             continue
         if correction:
             label = correction["label"] or sample.label
@@ -70,8 +77,18 @@ def read_manifest(root: str | Path, corrected: bool = True) -> list[Sample]:
 def read_corrections(root: str | Path, withdrawn: bool = False) -> dict[str, dict[str, str]]:
     """The rows of data/corrections.csv by sample id: what people said so far, as far as it counts; `withdrawn` adds
     what no longer does. Where several people answered a sample, none of their annotations may be withdrawn."""
+    return _read_statements(root, "data/corrections.csv", withdrawn)
+
+
+def read_gold(root: str | Path, withdrawn: bool = False) -> dict[str, dict[str, str]]:
+    """The rows of data/gold.csv by sample id: what labelers said of samples of val and test, as `read_corrections`
+    gives what they said of others. None in a workspace that has no such file."""
+    return _read_statements(root, GOLD_TABLE, withdrawn) if (Path(root) / GOLD_TABLE).is_file() else {}
+
+
+def _read_statements(root: str | Path, path: str, withdrawn: bool) -> dict[str, dict[str, str]]:
     needed = [name for name in CORRECTION_COLUMNS if name not in LATER_COLUMNS]
-    rows = _read_csv(Path(root) / "data/corrections.csv", needed)
+    rows = _read_csv(Path(root) / path, needed)
     out = set() if withdrawn else read_withdrawn(root)
     return {
         row["sample"]: {**LATER_COLUMNS, **row}
@@ -98,8 +115,8 @@ def _weight(correction: Mapping[str, str]) -> float:
         weight = math.nan
     if not 0 <= weight <= 1:
         raise ValueError(
-            f"data/corrections.csv: the weight of sample {correction['sample']} is {correction['weight']!r}; "
-            "it must be from 0 to 1"
+            f"the weight of sample {correction['sample']} is {correction['weight']!r}; it must be from 0 to 1: "
+            "restore data/corrections.csv and data/gold.csv with git"
         )
     return weight
 
@@ -167,6 +184,17 @@ class MaskShards:
         if sha256 and mask_sha256(mask) != sha256:
             raise ValueError(f"the mask of sample {sample} in {file} is not the one that was collected; `dvc checkout`")
         return mask
+
+    def gold(self, sample: Sample) -> UInt8[np.ndarray, "H W"] | None:
+        """The mask by which attention on an evaluation sample is judged: a labeler's, else the one given at
+        `abnloop init`; None for a sample without one, or one that is learned from."""
+        if sample.split in EVALUATION and sample.masks:
+            return self.get(sample.masks, sample.id, sample.sha256)
+        return self.get(GOLD_MASKS, sample.id) if self.has_gold(sample) else None
+
+    def has_gold(self, sample: Sample) -> bool:
+        """Whether `gold` gives a mask, without reading it."""
+        return sample.split in EVALUATION and (bool(sample.masks) or self.holds(GOLD_MASKS, sample.id))
 
     def holds(self, file: str, sample: str) -> bool:
         path = self.root / file

@@ -44,9 +44,6 @@ class PredictConfig:
             raise ValueError(f"predict.batch_size is {self.batch_size}; it must be at least 2: contexts are of others")
 
 
-GOLD = "data/gold.npz"
-
-
 @torch.inference_mode()
 def predict(
     model: LoadedModel,
@@ -133,8 +130,9 @@ def _gold_masks(pictures: Pictures, indices: Sequence[int]) -> tuple[np.ndarray,
     masks = torch.zeros(len(indices), 1, *pictures.size)
     for row, index in enumerate(indices):
         sample = pictures.samples[index]
-        if sample.split in ("val", "test") and pictures.shards.holds(GOLD, sample.id):
-            masks[row] = resize_mask(pictures.shards.get(GOLD, sample.id), pictures.size).float() / 255
+        mask = pictures.shards.gold(sample)
+        if mask is not None:
+            masks[row] = resize_mask(mask, pictures.size).float() / 255
             has_gold[row] = bool(masks[row].any())
     return has_gold, still_marked(masks)
 

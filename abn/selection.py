@@ -1,4 +1,5 @@
-"""Who is worth a labeler's minute, and why: `python -m abn.selection` writes results/batch.csv.
+"""Who is worth a labeler's minute, and why: `python -m abn.selection` writes results/batch.csv, and results/gold.csv:
+which evaluation samples to ask about for gold masks.
 
 Of a pool of any size `LOOKED_AT` samples are in memory at once, beside those that people have answered, as many to tell
 what is usual, and a few numbers of each. Up to that many are compared with each other. Of a larger pool a first pass
@@ -8,7 +9,6 @@ part of the pool (abn/doubt.py).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,20 +16,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from sklearn.cluster import kmeans_plusplus
 from sklearn.neighbors import NearestNeighbors
 
 from abn.config import load_section
 from abn.doubt import WORTH, Doubt, early_rank
 from abn.evaluate import align
-from abn.files import replacing
-from abn.manifest import class_names, read_corrections
+from abn.files import write_csv
+from abn.gold import gold_order
+from abn.manifest import EVALUATION, MaskShards, class_names, read_corrections
 from abn.predictions import Answers, Predictions, Shards
 from abn.stage import ROUND
 
 LOOKED_AT = 20_000  # samples at once
 GRADIENTS = 1 << 28  # numbers that `badge` compares at once, 1 GB; a sample has classes x size of the embedding
+AT_RANDOM = "picked at random, to learn how many maps are wrong"
 MINUTES_TO_PAINT, MINUTES_TO_CONFIRM = 0.5, 0.1  # a first guess, until lead times are known
 # By verdict, 1: the map is wrong, 0: it is fine. The others say nothing of it.
 SAYS_WRONG = {"map_fixed": 1.0, "all_but_map": 1.0, "map_ok": 0.0}
@@ -60,6 +62,14 @@ class Pick(NamedTuple):
     reason: str  # in words that a labeler understands
     minutes: float  # expected
     at_random: bool  # of the share that is an unbiased estimate of how many maps are wrong
+    shown: str  # what labelers read of it: the loudest of what speaks for asking, whether or not it was picked for that
+
+
+class GoldQuestion(NamedTuple):
+    sample: str
+    split: str  # val or test
+    shown: str  # as in `Pick`
+    minutes: float  # expected
 
 
 @dataclass(frozen=True)
@@ -311,14 +321,43 @@ def select(
         Pick(
             str(pool.table.samples[i]),
             float(score[i]),
-            "picked at random, to learn how many maps are wrong" if random else _reason(pool, i, classes, config),
+            AT_RANDOM if random else _reason(pool, i, classes, config),
             round(float(pool.minutes[i]), 3),
             random,
+            _reason(pool, i, classes, config),
         )
         for chosen, random in ((by_score, False), (at_random, True))
         for i in chosen
     ]
     return sorted(picks, key=lambda pick: (-pick.score, pick.sample))
+
+
+def gold_questions(
+    predictions: Predictions | Shards,
+    labels: Int[np.ndarray, "n"],
+    splits: Shaped[np.ndarray, "n"],
+    has_mask: Bool[np.ndarray, "n"],
+    classes: list[str],
+    config: SelectionConfig,
+    told: Told,
+) -> list[GoldQuestion]:
+    """The next `config.budget` samples of val, and of test, to ask labelers about for a gold mask, in their order.
+
+    `has_mask` says which have one. Nothing that a model makes of them decides which and when (abn/gold.py). What
+    labelers read of them is what they would read were they picked to be learned from.
+    """
+    questions = []
+    for number, split in enumerate(EVALUATION):
+        rows = np.flatnonzero((splits == split) & (labels >= 0))
+        generator = np.random.default_rng([config.seed, 2, number])
+        asked = rows[gold_order(labels[rows], has_mask[rows], generator)[: config.budget]]
+        everyone = _Candidates(predictions, labels, asked.tolist(), told, config.seed)
+        pool, place = everyone[np.arange(len(everyone))], {row: i for i, row in enumerate(everyone.rows.tolist())}
+        for row in asked.tolist():
+            i = place[row]
+            shown = _reason(pool, i, classes, config)
+            questions.append(GoldQuestion(str(pool.table.samples[i]), split, shown, round(float(pool.minutes[i]), 3)))
+    return questions
 
 
 class _Candidates:
@@ -427,13 +466,16 @@ def main() -> None:
     if told.answered.any() and candidates:  # the pool runs out one day; only the first budget can be a mistake
         config = replace(config, budget=min(config.budget, len(candidates)))
     picks = select(predictions, labels, candidates, classes, config, told) if candidates else []
-    with replacing(ROUND.results / "batch.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Pick._fields)
-        for pick in picks:
-            writer.writerow(
-                (pick.sample, f"{pick.score:.6f}", pick.reason, pick.minutes, "yes" if pick.at_random else "")
-            )
+    rows = [
+        (pick.sample, f"{pick.score:.6f}", pick.reason, pick.minutes, "yes" if pick.at_random else "", pick.shown)
+        for pick in picks
+    ]
+    write_csv(ROUND.results / "batch.csv", Pick._fields, rows)
+    shards = MaskShards(Path())
+    has_mask = {sample.id for sample in samples if shards.has_gold(sample)}
+    masked = np.array([name in has_mask for name in predictions.samples.tolist()], dtype=bool)
+    questions = gold_questions(predictions, labels, splits, masked, classes, config, told)
+    write_csv(ROUND.results / "gold.csv", GoldQuestion._fields, questions)
 
 
 if __name__ == "__main__":

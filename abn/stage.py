@@ -14,8 +14,9 @@ class Stage(NamedTuple):
     results: Path
     corrected: bool
 
-    def samples(self) -> list[Sample]:
-        return read_manifest(Path(), corrected=self.corrected)
+    def samples(self, gold: bool = True) -> list[Sample]:
+        """`gold=False`: without what labelers said of evaluation samples, on which training must not depend."""
+        return read_manifest(Path(), corrected=self.corrected, gold=gold)
 
 
 ROUND = Stage(Path("results"), corrected=True)

@@ -398,10 +398,10 @@ def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings) -> s
 
 def run(stage: Stage) -> None:
     """Train in the workspace that is the current folder."""
-    settings, samples = Settings.load("params.yaml"), stage.samples()
+    settings, samples = Settings.load("params.yaml"), stage.samples(gold=False)
     if not stage.corrected:  # a champion has learned from what people said
         settings = replace(settings, train=replace(settings.train, start="scratch"))
-    if stage == ROUND and samples == CONTROL.samples():
+    if stage == ROUND and samples == CONTROL.samples(gold=False):
         if parallel.is_first():
             print("nobody has said anything yet: the control is this round's model", flush=True)
             for name in ("model.pt", "train.jsonl", "early.npz", "inferred.npz"):

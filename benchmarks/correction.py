@@ -27,9 +27,9 @@ from abn.config import make_section, read_params
 from abn.data import DataConfig, Pictures
 from abn.evaluate import measure
 from abn.files import write_json
-from abn.manifest import Sample, mask_sha256
+from abn.manifest import GOLD_MASKS, Sample, mask_sha256
 from abn.model import LoadedModel, ModelConfig, load_model
-from abn.predict import GOLD, PredictConfig, predict
+from abn.predict import PredictConfig, predict
 from abn.train import CorrectionsConfig, Settings, TrainConfig, train
 from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
 
@@ -136,7 +136,7 @@ class Problem:
         self.test = {name: self._write(name, data, "test") for name, data in tests.items()}
         self.test_labels = test.labels
         gold = {f"{name}{row:05d}": levels(mask) for name in tests for row, mask in enumerate(tests[name].masks)}
-        np.savez(root / GOLD, allow_pickle=False, **gold)
+        np.savez(root / GOLD_MASKS, allow_pickle=False, **gold)
         self.spec, self.seed, self.carriers = spec, seed, carriers
         self.order = generator.permutation(len(self.data)).tolist()
         self.chosen = choose(self.data.labels, self.order)[: spec.corrections]

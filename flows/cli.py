@@ -52,6 +52,12 @@ def init(
             "group, mask. Paths start at its folder."
         ),
     ] = None,
+    hide_masks: Annotated[
+        bool,
+        typer.Option(
+            "--hide-masks", help="Let simulated labelers alone know the masks of val and test, too, as if you had none."
+        ),
+    ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Leave a class out; may be repeated.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -84,6 +90,7 @@ def init(
             drop or [],
             seed,
             on_progress,
+            hide_masks,
         )
     labels = sorted({label for counts in report.images.values() for label in counts})
     table = Table("class", *report.images, title=f"Images in {directory}")
@@ -91,7 +98,7 @@ def init(
         table.add_row(escape(label) or "(none)", *(str(counts.get(label, 0)) for counts in report.images.values()))
     console.print(table)
     console.print(f"gold masks (val, test): {report.gold_masks}")
-    console.print(f"masks known only to the simulated labelers (train, pool): {report.simulation_masks}")
+    console.print(f"masks known only to the simulated labelers: {report.simulation_masks}")
     for what, lines in {
         "left out, unreadable": [f"{one['image']}: {one['reason']}" for one in report.unreadable],
         "left out, the same picture": [f"{one['image']} is {one['same_as']}" for one in report.duplicates],

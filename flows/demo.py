@@ -17,11 +17,11 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from abn.manifest import MaskShards, read_manifest
+from abn.manifest import read_manifest
 from abn.predictions import read_predictions
 from flows import services
 from flows.digits import TRAIN, write_digits
-from flows.gallery import gold_rows, map_tile, mask_tile, read_rgb, tile
+from flows.gallery import map_tile, mask_tile, read_rgb, tile
 from flows.ingest import init_workspace
 from flows.progress import report
 from flows.summary import summarise
@@ -74,7 +74,9 @@ def run_demo(
     with tempfile.TemporaryDirectory() as folder:
         index = write_digits(Path(folder))
         settings = {**SETTINGS, "selection.budget": budget}
-        init_workspace(repository, directory, Path(folder), index=index, settings=settings, on_progress=report)
+        init_workspace(
+            repository, directory, Path(folder), index=index, settings=settings, on_progress=report, hide_masks=True
+        )
     place = open_workspace(directory)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
@@ -130,11 +132,7 @@ def _look(place: Workspace, number: int) -> Look:
     predictions = read_predictions(place.predictions)
     samples = {sample.id: sample for sample in read_manifest(place.root)}
     classes = sorted({sample.label for sample in samples.values()})
-    test = [
-        row
-        for row in gold_rows(predictions, len(predictions.samples))
-        if samples[str(predictions.samples[row])].split == "test"
-    ]
+    test = [row for row, name in enumerate(predictions.samples.tolist()) if samples[name].split == "test"]
     rows = test[:: max(1, len(test) // PICTURES)][:PICTURES]
     names = {row: str(predictions.samples[row]) for row in rows}
     return Look(
@@ -147,7 +145,8 @@ def _look(place: Workspace, number: int) -> Look:
 def render_report(place: Workspace, summary: list[dict[str, Any]], looks: list[Look]) -> str:
     """The story as one HTML file, pictures inside: the same pictures' attention in each round, and the mask."""
     samples = {sample.id: sample for sample in read_manifest(place.root)}
-    shards = MaskShards(place.root)
+    with np.load(place.simulation, allow_pickle=False) as known:  # what labelers would paint
+        masks = {name: known[name] for name in looks[0].maps}
     lines = []
     for name in looks[0].maps:
         path = place.root / samples[name].image
@@ -156,7 +155,7 @@ def render_report(place: Workspace, summary: list[dict[str, Any]], looks: list[L
                 "name": name,
                 "label": samples[name].label,
                 "picture": _data_uri(tile(read_rgb(path))),
-                "mask": _data_uri(mask_tile(path, shards.get("data/gold.npz", name))),
+                "mask": _data_uri(mask_tile(path, masks[name])),
                 "looks": [(_data_uri(map_tile(path, look.maps[name])), look.answers[name]) for look in looks],
             }
         )

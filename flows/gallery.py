@@ -15,7 +15,6 @@ from abn.manifest import MaskShards, Sample
 from abn.predictions import Predictions
 from labeling.tasks import heatmap
 
-GOLD = "data/gold.npz"
 TILE, LINE, GAP = 128, 18, 6  # pixels: the larger side of a picture, a line of text, what lies between two pictures
 RIGHT, WRONG = (30, 130, 70), (200, 50, 60)  # answers, in RGB; what misleads is as red
 
@@ -31,7 +30,7 @@ def shown(root: Path, samples: Sequence[Sample], count: int, seed: int = 0) -> l
     """The same `count` of the samples whatever the models, those with a gold mask before others; by id."""
     shards, order = MaskShards(root), np.random.default_rng(seed).permutation(len(samples))
     by_id = sorted(samples, key=lambda sample: sample.id)
-    drawn = sorted((by_id[i] for i in order), key=lambda sample: not shards.holds(GOLD, sample.id))
+    drawn = sorted((by_id[i] for i in order), key=lambda sample: shards.gold(sample) is None)
     return sorted(drawn[:count], key=lambda sample: sample.id)
 
 
@@ -84,17 +83,18 @@ class Seen(NamedTuple):
 def gallery(root: Path, samples: Sequence[Sample], models: Sequence[Seen]) -> Image.Image:
     """A sample a row: the picture with its label, each model's map with its answer, and the gold mask, if any."""
     shards = MaskShards(root)
-    masked = any(shards.holds(GOLD, sample.id) for sample in samples)
+    masks = [shards.gold(sample) for sample in samples]
+    masked = any(mask is not None for mask in masks)
     rows = [_titles("picture", *(model.title for model in models), *(["gold mask"] if masked else []))]
-    for sample in samples:
+    for sample, mask in zip(samples, masks, strict=True):
         path = root / sample.image
         row = [_captioned(tile(read_rgb(path)), sample.label)]
         for model in models:
             answer = model.answers[sample.id]
             colour = RIGHT if answer == sample.label else WRONG
             row.append(_captioned(map_tile(path, model.maps[sample.id]), f"answers {answer}", colour))
-        if shards.holds(GOLD, sample.id):
-            row.append(_captioned(mask_tile(path, shards.get(GOLD, sample.id)), ""))
+        if mask is not None:
+            row.append(_captioned(mask_tile(path, mask), ""))
         rows.append(row)
     return _on_white(rows)
 

@@ -25,7 +25,7 @@ import ruamel.yaml
 from PIL import ExifTags, Image, ImageOps
 
 from abn.config import suggest
-from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, WITHDRAWAL_COLUMNS
+from abn.manifest import CORRECTION_COLUMNS, EVALUATION, MANIFEST_COLUMNS, WITHDRAWAL_COLUMNS
 from flows.versions import Dvc, Git, is_repository
 from flows.workspace import Workspace, write_arrays, write_atomically, write_json, write_table
 
@@ -85,6 +85,7 @@ def init_workspace(
     drop: Iterable[str] = (),
     seed: int = 0,
     on_progress: Progress | None = None,
+    hide_masks: bool = False,
 ) -> Report:
     """Make the workspace `directory`: a clone of `repository` with its own data, DVC and git history.
 
@@ -92,7 +93,8 @@ def init_workspace(
     beside images/ needs no `index`. masks: MASKS/<class>/<stem>.png, unless the CSV has a column `mask`.
     settings: "section.key" -> value, for params.yaml; without data.size the pictures' shape decides. drop: classes to
     leave out.
-    Masks of val and test become the gold set; those of train and pool are known only to simulated labelers.
+    Masks of val and test become the gold set; those of train and pool are known only to simulated labelers, and with
+    `hide_masks` those of val and test, too, as if the user had none.
     Raises ValueError for anything that does not fit, and then leaves nothing behind.
     """
     repository, directory, images = Path(repository), Path(directory).resolve(), Path(images)
@@ -120,7 +122,7 @@ def init_workspace(
         _check_classes(sources, pictures)
         pictures = assign_splits(pictures, seed)
         chosen = {"project.name": _safe(directory.name)[:40], "data.size": _network_size(pictures), **(settings or {})}
-        _build_beside(directory, repository.resolve(), pictures, chosen, report, progress)
+        _build_beside(directory, repository.resolve(), pictures, chosen, report, progress, hide_masks)
     return report
 
 
@@ -399,13 +401,14 @@ def _build_beside(
     settings: Mapping[str, Any],
     report: Report,
     progress: Progress,
+    hide_masks: bool,
 ) -> None:
     """Build the workspace under another name beside `directory`, and rename it once it is whole."""
     if not Git(repository).is_clean():
         report.warnings.append("the project has uncommitted changes; the workspace holds its last commit")
     building = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
-        _build(Workspace(building), repository, pictures, settings, report, progress)
+        _build(Workspace(building), repository, pictures, settings, report, progress, hide_masks)
         building.rename(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -418,6 +421,7 @@ def _build(
     settings: Mapping[str, Any],
     report: Report,
     progress: Progress,
+    hide_masks: bool,
 ) -> None:
     """Fill the new folder `workspace` and make its first commit."""
     progress("cloning the project", 0, 1)
@@ -437,10 +441,12 @@ def _build(
         (one.id, files[one.id], one.label, one.split, one.group) for one in (picture.source for picture in pictures)
     ]
     write_table(workspace.manifest, MANIFEST_COLUMNS, (dict(zip(MANIFEST_COLUMNS, row, strict=True)) for row in rows))
-    write_table(workspace.corrections, CORRECTION_COLUMNS, [])
+    for table in (workspace.corrections, workspace.gold_table):
+        write_table(table, CORRECTION_COLUMNS, [])
     write_table(workspace.withdrawals, WITHDRAWAL_COLUMNS, [])
-    judged = [picture for picture in pictures if picture.source.mask and picture.source.split in ("val", "test")]
-    learned = [picture for picture in pictures if picture.source.mask and picture.source.split in ("train", "pool")]
+    masked = [picture for picture in pictures if picture.source.mask]
+    judged = [picture for picture in masked if picture.source.split in EVALUATION and not hide_masks]
+    learned = [picture for picture in masked if picture.source.split not in EVALUATION or hide_masks]
     write_arrays(workspace.gold, _read_masks(judged, "reading the masks of the gold set", progress))
     if learned:
         write_arrays(workspace.simulation, _read_masks(learned, "reading the masks for simulated labelers", progress))
@@ -462,7 +468,7 @@ def _build(
     if not (workspace.root / ".dvc").exists():
         dvc.init()
     data = [workspace.relative(path) for path in (workspace.images, workspace.gold, workspace.start_model)]
-    tables = [workspace.params, workspace.manifest, workspace.corrections, workspace.withdrawals]
+    tables = [workspace.params, workspace.manifest, workspace.corrections, workspace.gold_table, workspace.withdrawals]
     git.commit(
         [".dvc", ".dvcignore", *dvc.add(data), *map(workspace.relative, [*tables, workspace.ingest_report])],
         f"[data] {len(pictures)} images in {len({picture.source.label for picture in pictures} - {''})} classes",

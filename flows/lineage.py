@@ -18,12 +18,23 @@ import yaml
 from PIL import Image, ImageOps
 
 from abn.config import read_params
-from abn.manifest import read_corrections, read_manifest, read_withdrawn, training_samples, without_loose_masks
+from abn.manifest import (
+    GOLD_MASKS,
+    GOLD_TABLE,
+    read_corrections,
+    read_manifest,
+    read_withdrawn,
+    training_samples,
+    without_loose_masks,
+)
 from flows.ingest import content_of
 from flows.versions import Git
-from flows.workspace import Round, Workspace, read_json, read_table, write_table
+from flows.workspace import Round, Workspace, decision_of, read_json, read_table, write_table
 
-DATA = ("data/images", "data/manifest.csv", "data/corrections.csv", "data/withdrawals.csv", "data/gold.npz")
+DATA = (
+    *("data/images", "data/manifest.csv", "data/corrections.csv", "data/withdrawals.csv"),
+    *(GOLD_MASKS, GOLD_TABLE),
+)
 FORMS = "models:/NAME@champion, models:/NAME/3, a version such as v3, an MLflow run id, or round/0003"
 
 
@@ -63,7 +74,8 @@ def trace(place: Workspace, round_: Round, state: Mapping[str, Any] | None = Non
     annotations: every one that the model learned from, minutes at the screen; masks: how many were `used`, and how many
     maps that were called fine were `set_aside` (abn.manifest.without_loose_masks); selected_by: for each of the samples
     the round and model version that chose it, its score and why; parent: the champion before it, and whether the
-    training went on from its weights; data_version: DVC's MD5 of each part of the data.
+    training went on from its weights; gate: the verdict, and by which gold masks of val it was given: how many there
+    were in all, and who painted which; data_version: DVC's MD5 of each part of the data.
     """
     state = state or round_.read()
     with _as_trained(place, round_, state) as files:
@@ -86,16 +98,21 @@ def trace(place: Workspace, round_: Round, state: Mapping[str, Any] | None = Non
         "masks": {"used": used, "set_aside": given - used},
         "selected_by": _selections(place, {(one["sample"], one["round"]) for one in annotations}),
         "gate": {
+            "decision": decision_of(state),
             "promoted": state["promoted"],
             "reason": state["gate"],
             "criteria": verdict.get("criteria", []),
             "decided": verdict.get("decided"),
+            "gold": verdict.get("gold", {}),
+            "gold_painted": verdict.get("gold_painted", []),
+            "earlier": verdict.get("earlier", []),
         },
     }
 
 
 def record(place: Workspace, round_: Round, state: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Put the verdict on a round's model into models/decisions.csv; all of them, oldest first.
+    """Put the verdict on a round's model into models/decisions.csv; all of them, oldest first. A model that was
+    undecided and is judged again has a line for each verdict.
 
     `champion` is the version that is the champion from then on.
     """
@@ -103,13 +120,19 @@ def record(place: Workspace, round_: Round, state: Mapping[str, Any]) -> list[di
         "round": str(round_.number),
         "decided": state["verdict"]["decided"],
         "model_version": state["model_version"],
-        "decision": "promoted" if state["promoted"] else "refused",
+        "decision": decision_of(state),
         "champion": state["model_version"] if state["promoted"] else state["verdict"]["parent"]["model_version"],
         "reason": state["gate"],
     }
-    before = [row for row in read_table(place.decisions) if row["round"] != decision["round"]]
+    same = (decision["round"], decision["decided"])
+    before = [row for row in read_table(place.decisions) if (row["round"], row["decided"]) != same]
     write_table(place.decisions, list(decision), [*before, decision])
     return [*before, decision]
+
+
+def name_of(path: str) -> str:
+    """A part of the data (`DATA`) in a word."""
+    return "gold_table" if path == GOLD_TABLE else Path(path).stem
 
 
 def models_that_learned(place: Workspace, question: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -117,7 +140,8 @@ def models_that_learned(place: Workspace, question: Mapping[str, str]) -> list[d
 
     `question` maps one of labeler (e-mail), annotation (id), sample (id) and round (that collected it) to its value;
     with a sample also the models count that trained on its picture, corrected or not (`picture`). A model whose
-    training went on from another's weights learned what that one had (`through`: that one's round).
+    training went on from another's weights learned what that one had (`through`: that one's round). Models that learned
+    nothing of it but were judged by it count, too (`judged_by`: the gold annotations in question).
     """
     champion = read_json(place.champion_record).get("round")
     found: dict[int, dict[str, Any]] = {}
@@ -128,15 +152,18 @@ def models_that_learned(place: Workspace, question: Mapping[str, str]) -> list[d
         asked, picture = about(given, question), question.get("sample") in pictures
         through = _went_on_from(state)
         through = through if through in found else None
-        if asked or picture or through:
+        judged_by = about(state.get("verdict", {}).get("gold_painted", []), question)
+        if asked or picture or through or judged_by:
             found[round_.number] = {
                 "model_version": state["model_version"],
                 "round": round_.number,
+                "decision": decision_of(state),
                 "promoted": state["promoted"],
                 "champion": champion == round_.number,
                 "annotations": asked,
                 "picture": picture,
                 "through": through,
+                "judged_by": judged_by,
             }
     return list(found.values())
 

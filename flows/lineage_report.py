@@ -15,6 +15,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from flows.lineage import name_of
+
 
 def as_json(facts: Any) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
@@ -24,11 +26,12 @@ def describe(facts: Mapping[str, Any]) -> str:
     """A model version in a few lines of Markdown."""
     gate, parent, data = facts["gate"], facts["parent"], facts["data_version"]
     lines = [
-        f"Round {facts['round']}: {'promoted' if gate['promoted'] else 'refused'}, {gate['reason']}.",
+        f"Round {facts['round']}: {gate['decision']}, {gate['reason']}.",
+        *([judged_in_words(gate)] if gate["gold"] else []),
         f"Learned from {learned_in_words(facts)}.",
         f"{parent_in_words(parent)}.",
         f"Code and parameters: git {facts['git_commit'][:12]}. Data: "
-        + ", ".join(f"{Path(path).stem} {md5[:8]}" for path, md5 in data.items())
+        + ", ".join(f"{name_of(path)} {md5[:8]}" for path, md5 in data.items())
         + ".",
         f"Every annotation: `abnloop lineage v{facts['model_version']}`, or lineage.html of the round's run.",
     ]
@@ -82,6 +85,16 @@ def parent_in_words(parent: Mapping[str, Any] | None) -> str:
     return f"After v{parent['model_version']} (round {parent['round']}), {start}"
 
 
+def judged_in_words(gate: Mapping[str, Any]) -> str:
+    """By whose gold masks the verdict was given."""
+    painted = {labeler: len(group) for labeler, group in by_labeler_of(gate["gold_painted"]).items()}
+    given = gate["gold"]["val"] - len(gate["gold_painted"])
+    named = [f"{labeler} ({count})" for labeler, count in list(painted.items())[:NAMED]]
+    named += [f"{len(painted) - NAMED} others"] if len(painted) > NAMED else []
+    named += [f"given at init ({given})"] if given > 0 else []
+    return f"Judged by {gate['gold']['val']} gold masks of val" + (f": {', '.join(named)}." if named else ".")
+
+
 def by_labeler_of(annotations: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     groups = defaultdict(list)
     for one in annotations:
@@ -96,7 +109,8 @@ def as_text(facts: Mapping[str, Any]) -> list[RenderableType]:
     champion = ", the champion" if facts["champion"] else ""
     for name, text in (
         ("model", f"{facts['model']} v{facts['model_version']}, round {facts['round']}{champion}"),
-        ("gate", f"{'promoted' if gate['promoted'] else 'refused'}: {gate['reason']}"),
+        ("gate", f"{gate['decision']}: {gate['reason']}"),
+        *((("", judged_in_words(gate)),) if gate["gold"] else ()),
         ("parent", parent_in_words(facts["parent"])),
         ("learned from", learned_in_words(facts)),
         ("code", f"git {facts['git_commit']}"),
@@ -130,7 +144,9 @@ def models_table(question: Mapping[str, str], models: Sequence[Mapping[str, Any]
         parts = [f"annotations {ids}"] if ids else []
         parts += ["the picture"] if one["picture"] else []
         parts += [f"the weights of round {one['through']}"] if one["through"] else []
-        state = "champion" if one["champion"] else "promoted" if one["promoted"] else "refused"
+        gold = ", ".join(str(statement["id"]) for statement in one["judged_by"])
+        parts += [f"nothing: judged by gold annotations {gold}"] if gold and not parts else []
+        state = "champion" if one["champion"] else one["decision"]
         table.add_row(f"v{one['model_version']}", str(one["round"]), state, "; ".join(parts))
     return table
 
@@ -158,7 +174,7 @@ def layout(facts: Mapping[str, Any]) -> dict[str, Any]:
     annotations, gate, parent = facts["annotations"], facts["gate"], facts["parent"]
     chosen = {one["sample"]: f"v{one['model_version']}" for one in facts["selected_by"]}
     model = (3, f"v{facts['model_version']}")
-    verdict = (4, "promoted" if gate["promoted"] else "refused")
+    verdict = (4, gate["decision"])
     texts: dict[Node, str] = {}
     counts: Counter[Node] = Counter()
     edges: Counter[tuple[Node, Node]] = Counter()
@@ -174,7 +190,7 @@ def layout(facts: Mapping[str, Any]) -> dict[str, Any]:
         edges.update(pairwise([*nodes, model]))
     for node in sorted(counts, key=lambda node: (len(node[1]), node[1])):
         texts[node] = f"{counts[node]} annotations"
-    texts[2, "data"] = ", ".join(f"{Path(path).stem} {md5[:6]}" for path, md5 in facts["data_version"].items())
+    texts[2, "data"] = ", ".join(f"{name_of(path)} {md5[:6]}" for path, md5 in facts["data_version"].items())
     texts[2, "code and parameters"] = f"git {facts['git_commit'][:12]}"
     given = [((2, "data"), model), ((2, "code and parameters"), model), (model, verdict)]
     if parent:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from mlflow.exceptions import MlflowException
 
-from abn.manifest import mask_sha256, read_corrections, read_manifest
+from abn.manifest import mask_sha256, read_corrections, read_gold, read_manifest
 from flows.rounds import changed_tasks, held, label_studio, state_of, tracker_of
 from flows.tracking import CHAMPION
 from flows.versions import Dvc, Git
@@ -107,7 +107,8 @@ def _annotations(place: Workspace) -> Iterator[Difference]:
 
 def _masks(place: Workspace) -> Iterator[Difference]:
     """Masks that no annotation gave, and corrections whose mask is gone or another."""
-    rows = read_corrections(place.root)
+    gold = read_gold(place.root)
+    rows = {**read_corrections(place.root), **gold}
     for round_ in place.rounds():
         if not round_.masks.is_file() or not round_.annotations.is_file():
             continue  # not closed yet, or not checked out, which DVC tells
@@ -120,7 +121,8 @@ def _masks(place: Workspace) -> Iterator[Difference]:
                 if row["masks"] != shard:
                     continue
                 if row["sample"] not in masks.files or mask_sha256(masks[row["sample"]]) != row["sha256"]:
-                    what = f"data/corrections.csv names a mask of {row['sample']} in {shard} that is not there"
+                    table = "data/gold.csv" if row["sample"] in gold else "data/corrections.csv"
+                    what = f"{table} names a mask of {row['sample']} in {shard} that is not there"
                     yield Difference("DVC", what, f"`git checkout {round_.tag}` and `dvc checkout` show what was")
 
 

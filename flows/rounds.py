@@ -30,10 +30,14 @@ from abn.config import load_section, read_params
 from abn.inferred import read_inferred
 from abn.manifest import (
     CORRECTION_COLUMNS,
+    DISPUTED,
+    EVALUATION,
     WITHDRAWAL_COLUMNS,
+    MaskShards,
     Sample,
     class_names,
     read_corrections,
+    read_gold,
     read_manifest,
     read_withdrawn,
 )
@@ -43,7 +47,19 @@ from abn.selection import SelectionConfig
 from abn.train import Settings, TrainConfig, choose_device
 from flows.gallery import Seen, gallery, gold_rows, inferred_sheet, map_tile, read_rgb, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
-from flows.lineage import DATA, commit_of_training, find_round, learned_withdrawn, record, trace
+from flows.gold import (
+    BATCH_COLUMNS,
+    FIRST_SHARE,
+    GOLD,
+    askable,
+    evaluation_changes,
+    gold_masks,
+    gold_statements,
+    missing_gold,
+    mixed_batch,
+    split_answers,
+)
+from flows.lineage import DATA, commit_of_training, find_round, learned_withdrawn, name_of, record, trace
 from flows.lineage_report import as_json, describe, describe_history, draw
 from flows.people import (
     ANNOTATION_COLUMNS,
@@ -64,9 +80,11 @@ from flows.workspace import (
     Round,
     Workspace,
     copy_atomically,
+    decision_of,
     open_workspace,
     read_json,
     read_json_lines,
+    read_table,
     write_arrays,
     write_atomically,
     write_json,
@@ -79,6 +97,7 @@ from labeling.screen import Tool, instructions, labeling_screen
 from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
+LEAST_GOLD = 10  # masks a split, if labelers are asked for any
 GPU = "abnloop-gpu"  # Prefect's limit of trainings at once
 LEASE = 60.0  # seconds after which a dead run's slot is free
 network_step = task(retries=3, retry_delay_seconds=[2, 10, 30], cache_policy=NO_CACHE, persist_result=False)
@@ -101,10 +120,19 @@ class LabelingConfig:
     deadline_hours: float
     minimum: int
     labelers_per_task: int = 1
+    gold: int = 60  # masks of val, and of test, that labelers shall paint; settings from before say nothing of it
+    gold_share: float = 0.3  # of a batch, after the first one that asks for any
 
     def __post_init__(self) -> None:
         if self.labelers_per_task < 1:
             raise ValueError(f"labeling.labelers_per_task is {self.labelers_per_task}; it must be at least 1")
+        if self.gold != 0 and self.gold < LEAST_GOLD:
+            raise ValueError(
+                f"labeling.gold is {self.gold}; from fewer than {LEAST_GOLD} masks nothing can be told: "
+                f"set it to at least {LEAST_GOLD}, or to 0 to ask for none"
+            )
+        if not 0 < self.gold_share <= 1:
+            raise ValueError(f"labeling.gold_share is {self.gold_share}; it must be above 0 and at most 1")
 
 
 # What a round reads of params.yaml beside a training's own, looked at before anything begins.
@@ -124,7 +152,7 @@ class Opened:
     round: int
     new: bool
     tasks: int
-    promoted: bool
+    decision: str  # promoted, refused or undecided
     why: str
     stopped: str = ""
 
@@ -132,7 +160,7 @@ class Opened:
         if not self.new:
             return f"round {self.round} is open already; `abnloop round collect` takes its answers in"
         asked = f"asks nobody: {self.stopped}" if self.stopped else f"{self.tasks} tasks wait in Label Studio"
-        return f"{'promoted' if self.promoted else 'refused'}: {self.why}\nround {self.round}: {asked}"
+        return f"{self.decision}: {self.why}\nround {self.round}: {asked}"
 
 
 @dataclass(frozen=True)
@@ -144,16 +172,19 @@ class Collected:
     answered: int
     tasks: int
     corrections: int
+    gold: int  # answers about evaluation samples
     set_aside: int
     commit: str
+    judged_again: str = ""  # what the gate says of the round's model now, where it was undecided
 
     def __str__(self) -> str:
         if not self.closed:
             return f"round {self.round}: {self.answered} of {self.tasks} tasks are answered; it stays open"
-        return (
-            f"round {self.round} is closed with {self.corrections} corrections, "
+        said = (
+            f"round {self.round} is closed with {self.corrections} corrections and {self.gold} gold answers, "
             f"{self.set_aside} set aside: {self.commit}"
         )
+        return f"{said}\nits model, judged again: {self.judged_again}" if self.judged_again else said
 
 
 @dataclass(frozen=True)
@@ -212,6 +243,9 @@ def _collect(place: Workspace) -> Collected | Idle:
         pull(place, round_, _earlier_tasks(place, round_))
     answers = read_answers(place, round_)
     learn_from(place, round_, answers)
+    ask_again(place, answers)
+    weigh_again(place, round_)
+    decide_again(place, round_)
     commit = seal(place, round_, answers)
     back_up(place)
     return _collected(round_, answers, closed=True, commit=commit)
@@ -331,6 +365,9 @@ def begin(place: Workspace) -> Round:
     if not place.withdrawals.is_file():  # a workspace of before there were any
         write_table(place.withdrawals, WITHDRAWAL_COLUMNS, [])
         Git(place.root).commit([place.relative(place.withdrawals)], "[data] Nothing is withdrawn")
+    if not place.gold_table.is_file():
+        write_table(place.gold_table, CORRECTION_COLUMNS, [])
+        Git(place.root).commit([place.relative(place.gold_table)], "[data] No gold mask is painted")
     if latest and state_of(place, latest) == "begun":
         get_run_logger().info("round %d goes on where it was interrupted", latest.number)
         return latest
@@ -392,22 +429,65 @@ def weigh(place: Workspace, round_: Round) -> None:
     champion, parent = read_json(place.champion_record), None
     if _has_judged(place, round_):
         raise _judged_another(round_)
-    judgement, rows = Judgement(True, "the first model"), []
     if champion:
+        starts = load_section(TrainConfig, place.params, "train").start
+        weights = "champion" if starts == "champion" and place.start_model.stat().st_size else "scratch"
+        parent = {"round": champion["round"], "model_version": champion["model_version"], "weights": weights}
+    verdict = _judged(place, round_, model, champion)
+    round_.write({**state, "verdict": {**verdict, "parent": parent}})
+
+
+@science_step
+def weigh_again(place: Workspace, round_: Round) -> None:
+    """The gate's new verdict on a model that it could not decide on, by the gold masks that there are now; the model is
+    not trained anew. What the gate said before is kept under `earlier`."""
+    state, champion = round_.read(), read_json(place.champion_record)
+    if decision_of(state) != "undecided":
+        return
+    verdict = state["verdict"]
+    if (verdict["gold"], verdict["gold_painted"]) == (gold_masks(place), gold_statements(place, "val")):
+        return
+    if not place.model.is_file() or Dvc(place.root).hashes().get("results/model.pt") != verdict["model"]:
+        get_run_logger().warning("results/model.pt is not the model that was undecided; the next round judges anew")
+        return
+    before = {name: verdict[name] for name in ("decision", "reason", "decided", "gold")}
+    again = _judged(place, round_, verdict["model"], champion)
+    earlier = [*verdict.get("earlier", []), before]
+    round_.write({**state, "verdict": {**again, "parent": verdict["parent"], "earlier": earlier}})
+
+
+def _judged(place: Workspace, round_: Round, model: str, champion: Mapping[str, Any]) -> dict[str, Any]:
+    """What the gate says of the model in results/ with the MD5 `model`, and by which gold masks; the round keeps both
+    models' answers."""
+    known = gold_masks(place)
+    judgement, rows = Judgement("promoted", "the first model"), []
+    if champion and champion["md5"] == model:
+        judgement = Judgement("refused", "it is the champion itself: nothing was learned since")
+    elif champion:
         compared = compare(place.root, place.champion, place.model)
-        judgement, rows = judge(compared, load_section(GateConfig, place.params, "gate")), compared.rows()
+        config = load_section(LabelingConfig, place.params, "labeling")
+        judged_by = int(np.isfinite(compared.champion.context_reliance).sum())
+        wanted = min(config.gold, judged_by + askable(compared.samples, MaskShards(place.root))["val"])
+        judgement = judge(compared, load_section(GateConfig, place.params, "gate"), wanted)
+        rows = compared.rows()
         names = [sample.id for sample in compared.samples]
         models = [
             Seen.of(title, names, seen.maps, seen.answers)
             for title, seen in (("champion", compared.champion), ("challenger", compared.challenger))
         ]
         gallery(place.root, shown(place.root, compared.samples, 8), models).save(round_.comparison_gallery)
-        starts = load_section(TrainConfig, place.params, "train").start
-        weights = "champion" if starts == "champion" and place.start_model.stat().st_size else "scratch"
-        parent = {"round": champion["round"], "model_version": champion["model_version"], "weights": weights}
     write_table(round_.comparison, COMPARISON_COLUMNS, rows)
-    verdict = {"model": model, "promoted": judgement.promoted, "reason": judgement.reason, "decided": _now()}
-    round_.write({**state, "verdict": {**verdict, "criteria": judgement.numbers(), "parent": parent}})
+    return {
+        "model": model,
+        "decision": judgement.verdict,
+        "promoted": judgement.promoted,
+        "reason": judgement.reason,
+        "decided": _now(),
+        "criteria": judgement.numbers(),
+        "missing_gold": judgement.missing_gold,
+        "gold": known,
+        "gold_painted": gold_statements(place, "val"),
+    }
 
 
 def _has_judged(place: Workspace, round_: Round) -> bool:
@@ -434,46 +514,45 @@ def decide(place: Workspace, round_: Round) -> None:
     metrics = json.loads(place.metrics.read_text())
     control = json.loads(place.control_metrics.read_text())
     samples, corrections = read_manifest(place.root), len(read_corrections(place.root))
-    data = {path: hashes[path] for path in DATA}
+    data = {path: hashes[path] for path in DATA if path in hashes}
 
     tags = {
         "abnloop.git_commit": head,
         "abnloop.round": round_.number,
         "abnloop.corrections": corrections,
-        **{f"abnloop.dvc_{Path(path).stem}": md5 for path, md5 in data.items()},
+        **{f"abnloop.dvc_{name_of(path)}": md5 for path, md5 in data.items()},
         "abnloop.dvc_model": hashes["results/model.pt"],
         "abnloop.parent": json.dumps(verdict["parent"]),
-        "abnloop.promoted": verdict["promoted"],
-        "abnloop.gate": verdict["reason"],
-        "abnloop.decided": verdict["decided"],
+        **_verdict_tags(verdict),
     }
     version = tracker.register(runs["train"], place.model, place.root / "abn", tags)
-    known = {"git_commit": head, "corrections": corrections, "model_version": str(version.version)}
-    known |= {"promoted": verdict["promoted"], "gate": verdict["reason"]}
+    known: dict[str, Any] = {"git_commit": head, "corrections": corrections, "model_version": str(version.version)}
     known |= {"metrics": metrics["test"], "validation": metrics["val"], "control": control["test"]}
+    known |= _decided(verdict)
     facts = trace(place, round_, {**state, **known})
     tracker.describe_version(version, tags, describe(facts))
     for run in runs.values():
         tracker.tag(run, tags)
     learned = [sample for sample in samples if sample.split in ("train", "pool")]
-    judged = [sample for sample in samples if sample.split in ("val", "test")]
+    judged = [sample for sample in samples if sample.split in EVALUATION]
     tracker.log_inputs(runs["train"], learned, data, "training")
     tracker.log_inputs(runs["evaluate"], judged, data, "evaluation", version)
     tracker.log_metrics(runs["evaluate"], metrics)
-    tracker.log_metrics(runs["round"], {"corrections": corrections, **metrics, "control": control})
+    counts = {"corrections": corrections, "gold": verdict["gold"], "evaluation": evaluation_changes(place)}
+    tracker.log_metrics(runs["round"], {**counts, **metrics, "control": control})
     if inferred := read_inferred(place.inferred):
         sheet = inferred_sheet(place.root, {sample.id: sample for sample in samples}, inferred)
         tracker.log_files(runs["train"], {"inferred.png": sheet})
     tracker.log_files(runs["evaluate"], _evaluation_files(place, round_, samples))
-    lineage = {"lineage.json": as_json(facts), "lineage.html": draw(facts)}
-    tracker.log_files(runs["round"], {"corrections.csv": place.corrections, **lineage})
+    files: dict[str, Path | Image.Image | str] = {
+        "corrections.csv": place.corrections,
+        "gold.csv": place.gold_table,
+        **_lineage_files(facts),
+    }
+    tracker.log_files(runs["round"], files)
     tracker.log_files(runs["select"], {"batch.csv": place.batch})
     if verdict["promoted"]:
-        tracker.promote(str(version.version))
-        copy_atomically(place.model, place.champion)
-        Dvc(place.root).add([place.relative(place.champion)])
-        named = {"round": round_.number, "model_version": known["model_version"], "md5": hashes["results/model.pt"]}
-        write_json(place.champion_record, {**named, "gate": verdict["reason"], "metrics": metrics["val"]})
+        _promote(place, round_, known["model_version"], verdict, metrics["val"])
     tracker.describe_model(describe_history(record(place, round_, {**state, **known})))
     for run in STAGES:
         tracker.finish(runs[run])
@@ -481,6 +560,55 @@ def decide(place: Workspace, round_: Round) -> None:
         key=f"metrics-{round_.name}", table=_metrics_table(metrics, control), description=describe(facts)
     )
     round_.write({**state, **known})
+
+
+@network_step
+def decide_again(place: Workspace, round_: Round) -> None:
+    """Tell MLflow and the files of the champion what the gate says of the round's model now."""
+    state = round_.read()
+    if decision_of(state) != "undecided" or state["verdict"]["decided"] == state["decided"]:
+        return
+    verdict, runs, number = state["verdict"], state["mlflow_runs"], state["model_version"]
+    tracker, known = tracker_of(place), _decided(verdict)
+    if verdict["promoted"]:
+        _promote(place, round_, number, verdict, state["validation"])
+    facts, tags = trace(place, round_, {**state, **known}), _verdict_tags(verdict)
+    version = tracker.client.get_model_version(tracker.name, number)
+    tracker.describe_version(version, tags, describe(facts))
+    for run in runs.values():
+        tracker.tag(run, tags)
+    files = {path.name: path for path in (round_.comparison, round_.comparison_gallery) if path.is_file()}
+    tracker.log_files(runs["evaluate"], files)
+    tracker.log_files(runs["round"], {"gold.csv": place.gold_table, **_lineage_files(facts)})
+    tracker.log_metrics(runs["round"], {"gold": verdict["gold"], "evaluation": evaluation_changes(place)})
+    tracker.describe_model(describe_history(record(place, round_, {**state, **known})))
+    round_.write({**state, **known})
+
+
+def _decided(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """What round.json says at its top of the verdict, once it has been acted on."""
+    known = {name: verdict[name] for name in ("decision", "promoted", "gold", "decided")}
+    return {**known, "gate": verdict["reason"]}
+
+
+def _verdict_tags(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"abnloop.{name}": verdict[name] for name in ("decision", "promoted", "decided")} | {
+        "abnloop.gate": verdict["reason"]
+    }
+
+
+def _lineage_files(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {"lineage.json": as_json(facts), "lineage.html": draw(facts)}
+
+
+def _promote(
+    place: Workspace, round_: Round, version: str, verdict: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> None:
+    tracker_of(place).promote(version)
+    copy_atomically(place.model, place.champion)
+    Dvc(place.root).add([place.relative(place.champion)])
+    named = {"round": round_.number, "model_version": version, "md5": verdict["model"]}
+    write_json(place.champion_record, {**named, "gate": verdict["reason"], "metrics": metrics})
 
 
 def _evaluation_files(
@@ -508,8 +636,7 @@ def ask(place: Workspace, round_: Round) -> None:
     """
     state, config = round_.read(), load_section(LabelingConfig, place.params, "labeling")
     stopped = _stopped(place)
-    batch = place.batch.read_text(encoding="utf-8")
-    write_atomically(round_.batch, batch.splitlines(keepends=True)[0] if stopped else batch)
+    write_table(round_.batch, BATCH_COLUMNS, [] if stopped else _batch(place, round_, config))
     samples = {sample.id: sample for sample in read_manifest(place.root)}
     studio = label_studio(place)
     title = f"abnloop {load_section(ProjectConfig, place.params, 'project').name}"
@@ -532,6 +659,27 @@ def ask(place: Workspace, round_: Round) -> None:
     create_markdown_artifact(key=f"batch-{round_.name}", markdown=_markdown(rows), description="Who is asked, and why.")
     opened = {"state": "open", "opened": _now(), "project": project} | ({"stopped": stopped} if stopped else {})
     round_.write({**state, **opened})  # last: now nothing is left to do
+
+
+def _batch(place: Workspace, round_: Round, config: LabelingConfig) -> list[dict[str, str]]:
+    """The rows of the round's batch: what the stage select picked, and gold questions beside it."""
+    selection, state = load_section(SelectionConfig, place.params, "selection"), round_.read()
+    asked_before = any(
+        row.get("purpose") == GOLD
+        for one in place.rounds()
+        if one.number < round_.number
+        for row in read_table(one.batch)
+    )
+    return mixed_batch(
+        read_table(place.batch),
+        read_table(place.gold_questions),
+        missing_gold(place, config.gold),
+        config.gold_share if asked_before else FIRST_SHARE,
+        selection.budget,
+        selection.budget_minutes,
+        decision_of(state) == "undecided",
+        (selection.seed, 3, round_.number),
+    )
 
 
 @science_step
@@ -566,7 +714,7 @@ def _tasks(
             label=sample.label,
             predicted=predicted,
             confidence=shares[predicted],
-            reason=pick["reason"],
+            reason=pick["shown"],
             attention_map=predictions.maps[row],
             label_confidence=shares.get(sample.label),
         )
@@ -581,6 +729,7 @@ class Answers:
     """What a round's annotations say so far."""
 
     corrections: list[Consensus]  # one a sample: training learns from these
+    gold: list[Consensus]  # one an evaluation sample: models are judged by these, and nothing learns from them
     opinions: list[Correction]  # one a sample and labeler: what they stand on, and what is still disputed
     set_aside: list[SetAside]
     asked_again: dict[int, int]  # task whose labelers disagree -> how many shall have answered it
@@ -631,14 +780,17 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     A task on which a first panel of labelers disagrees is not answered until somebody else has looked at it, too.
     """
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
-    asked, known = set(read_json(round_.tasks)["tasks"].values()), read_corrections(place.root, withdrawn=True)
+    asked, known = set(read_json(round_.tasks)["tasks"].values()), _known(place)
     latest = {task["id"]: task for task in read_json_lines(round_.annotations)}  # later lines replace earlier ones
     latest = _without_replaced(place, latest, asked)
     latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
     opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
     panel = max(2, config.labelers_per_task)
-    corrections, disputes = settle(opinions, panel)
-    again = [dispute.opinions[-1].task for dispute in disputes if len(dispute.opinions) <= panel]
+    agreed, disputes = settle(opinions, panel)
+    evaluation = {one.id for one in read_manifest(place.root, corrected=False, gold=False) if one.split in EVALUATION}
+    corrections, gold, holding = split_answers(agreed, disputes, evaluation)
+    again = [one.opinions[-1].task for one in holding if len(one.opinions) <= panel]
+    doubted = [one.opinions[-1].task for one in gold if one.verdict == DISPUTED and len(one.opinions) <= panel]
     aside += [
         SetAside(one.annotation, one.sample, dispute.reason, one.labeler, one.minutes)
         for dispute in disputes
@@ -648,12 +800,13 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     overdue = datetime.now(UTC) > datetime.fromisoformat(state["opened"]) + timedelta(hours=config.deadline_hours)
     return Answers(
         corrections,
+        gold,
         opinions,
         aside,
-        {number: latest[number]["total_annotations"] + 1 for number in again},
+        {number: latest[number]["total_annotations"] + 1 for number in [*again, *doubted]},
         sum(len(labelers) >= config.labelers_per_task for number, labelers in said.items() if number not in again),
         len(asked),
-        overdue and len(corrections) >= config.minimum,
+        overdue and len(corrections) + len(gold) >= config.minimum,
     )
 
 
@@ -662,7 +815,7 @@ def _without_replaced(
 ) -> dict[int, dict[str, Any]]:
     """`tasks`, those of earlier rounds without the withdrawn annotations that another answer has replaced: changed
     later, they would take its place and not count. What nobody has replaced may change until it is restored."""
-    out, replaced = read_withdrawn(place.root), set(read_corrections(place.root))
+    out, replaced = read_withdrawn(place.root), {*read_corrections(place.root), *read_gold(place.root)}
     replaced |= {one["data"]["sample"] for number, one in tasks.items() if number in asked and one["annotations"]}
 
     def stands(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> bool:
@@ -673,6 +826,11 @@ def _without_replaced(
         number: {**task, "annotations": [one for one in task["annotations"] if stands(task, one)]}
         for number, task in tasks.items()
     }
+
+
+def _known(place: Workspace) -> dict[str, dict[str, str]]:
+    """What people said so far by sample, of those to learn from and of evaluation samples, withdrawn or not."""
+    return {**read_corrections(place.root, withdrawn=True), **read_gold(place.root, withdrawn=True)}
 
 
 def _is_news(round_: Round, task: Mapping[str, Any], known: Mapping[str, Mapping[str, str]]) -> bool:
@@ -694,16 +852,20 @@ def ask_again(place: Workspace, answers: Answers) -> None:
 
 @science_step
 def learn_from(place: Workspace, round_: Round, answers: Answers) -> None:
-    """Masks into the round's shard, what the labelers agree on into the table that training reads, and every single
-    annotation into the round's own table."""
-    masks = {one.sample: one.mask for one in answers.corrections if one.mask is not None}
+    """Masks into the round's shard, what the labelers agree on into the table that training reads or, of evaluation
+    samples, into the gold table, and every single annotation into the round's own table."""
+    masks = {one.sample: one.mask for one in [*answers.corrections, *answers.gold] if one.mask is not None}
     write_arrays(round_.masks, sorted(masks.items()))
     annotations = annotation_rows(answers.opinions, answers.set_aside)
     write_table(round_.corrections, ANNOTATION_COLUMNS, annotations)
-    rows = still_standing(read_corrections(place.root, withdrawn=True), annotations)
-    for one in answers.corrections:
-        rows[one.sample] = correction_row(one, round_.number, place.relative(round_.masks))
-    write_table(place.corrections, CORRECTION_COLUMNS, sorted(rows.values(), key=lambda row: row["sample"]))
+    for table, before, said in (
+        (place.corrections, read_corrections(place.root, withdrawn=True), answers.corrections),
+        (place.gold_table, read_gold(place.root, withdrawn=True), answers.gold),
+    ):
+        rows = still_standing(before, annotations)
+        for one in said:
+            rows[one.sample] = correction_row(one, round_.number, place.relative(round_.masks))
+        write_table(table, CORRECTION_COLUMNS, sorted(rows.values(), key=lambda row: row["sample"]))
 
 
 @network_step
@@ -718,6 +880,7 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     minutes = round(sum(max(0.0, one.minutes - spent.get(str(one.annotation), 0.0)) for one in answers.opinions), 2)
     found = {
         "collected": len(answers.corrections),
+        "gold_collected": len(answers.gold),
         "verdicts": verdicts,
         "at_random": at_random,
         "minutes": minutes,
@@ -729,13 +892,15 @@ def seal(place: Workspace, round_: Round, answers: Answers) -> str:
     versioned = dvc.add([place.relative(round_.annotations), place.relative(round_.masks)])
     if dvc.remote():
         write_json(place.unpushed, {"since": closed, **read_json(place.unpushed)})
-    tables = (round_.state, round_.corrections, place.corrections)
-    paths = [*versioned, *map(place.relative, tables)]
-    commit = git.commit(paths, f"[round {round_.number}] Learn from {len(answers.corrections)} corrections")
+    tables = (round_.state, round_.corrections, round_.comparison, place.corrections, place.gold_table)
+    paths = [*versioned, "models", *map(place.relative, tables)]
+    said = f"{len(answers.corrections)} corrections" + (f", {len(answers.gold)} gold" if answers.gold else "")
+    commit = git.commit(paths, f"[round {round_.number}] Learn from {said}")
     tracker, run = tracker_of(place), state["mlflow_runs"]["round"]
     tracker.tag(run, {"abnloop.round_commit": commit, "abnloop.tag": round_.tag})
     given = {"verdict": verdicts, "verdict_at_random": at_random}
-    tracker.log_metrics(run, {"collected": len(answers.corrections), "minutes": minutes, **given})
+    collected = {"collected": len(answers.corrections), "gold_collected": len(answers.gold), "minutes": minutes}
+    tracker.log_metrics(run, {**collected, **given})
     tracker.log_files(run, {"round.json": round_.state})
     tracker.finish(run)
     git.tag(round_.tag)  # last: the tag is what says that nothing is left to do
@@ -806,7 +971,7 @@ def _opened(place: Workspace, new: bool) -> Opened:
     round_ = place.latest()
     assert round_ is not None
     state, tasks = round_.read(), len(read_json(round_.tasks)["tasks"])
-    return Opened(round_.number, new, tasks, state["promoted"], state["gate"], state.get("stopped", ""))
+    return Opened(round_.number, new, tasks, decision_of(state), state["gate"], state.get("stopped", ""))
 
 
 def _unanswered(samples: Sequence[Sample], answered: Mapping[str, Any]) -> list[Sample]:
@@ -816,20 +981,26 @@ def _unanswered(samples: Sequence[Sample], answered: Mapping[str, Any]) -> list[
 
 def _stopped(place: Workspace) -> str:
     """Why the labelers should not be asked any more, or an empty text."""
-    if not _unanswered(read_manifest(place.root), read_corrections(place.root)):
+    wanted = load_section(LabelingConfig, place.params, "labeling").gold
+    left = _unanswered(read_manifest(place.root), read_corrections(place.root))
+    if not left and not any(missing_gold(place, wanted).values()):
         return "every picture of the pool is answered; `abnloop ingest` brings new ones"
     return reason_to_stop([one.read() for one in place.rounds()], load_section(StopConfig, place.params, "stop"))
 
 
 def _collected(round_: Round, answers: Answers, closed: bool, commit: str) -> Collected:
+    state = round_.read()
+    again = f"{decision_of(state)}: {state['gate']}" if closed and state.get("verdict", {}).get("earlier") else ""
     return Collected(
         round_.number,
         closed,
         answers.answered,
         answers.tasks,
         len(answers.corrections),
+        len(answers.gold),
         len(answers.set_aside),
         commit,
+        again,
     )
 
 

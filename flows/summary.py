@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from flows.versions import Git
-from flows.workspace import Workspace
+from flows.workspace import Workspace, decision_of
 
 
 def summarise(place: Workspace) -> list[dict[str, Any]]:
@@ -35,6 +35,8 @@ def summarise(place: Workspace) -> list[dict[str, Any]]:
                 "attention_inside_mask": metrics.get("attention_inside_mask"),
                 "context_reliance": metrics.get("context_reliance"),
                 "promoted": state["promoted"],
+                "verdict": decision_of(state),
+                "gold": sum(state.get("gold", {}).values()),
                 "gate": state["gate"],
                 "model_version": state["model_version"],
                 "mlflow_run_id": state["mlflow_runs"]["round"],
@@ -63,7 +65,7 @@ def summary_table(rounds: list[dict[str, Any]], title: str) -> Table:
             f"{one['test_balanced_accuracy']:.3f} ({one['control_balanced_accuracy']:.3f})",
             _share(one["attention_inside_mask"]),
             _share(one["context_reliance"]),
-            f"v{one['model_version']}" + ("" if one["promoted"] else " refused"),
+            f"v{one['model_version']}" + ("" if one["promoted"] else f" {one['verdict']}"),
         )
     return table
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from abn.manifest import WITHDRAWAL_COLUMNS, read_corrections, read_withdrawn
+from abn.manifest import WITHDRAWAL_COLUMNS, read_corrections, read_gold, read_withdrawn
 from flows.lineage import about, models_that_learned, statements
 from flows.versions import Git, refuse_old_round
 from flows.workspace import Workspace, read_table, write_table
@@ -33,8 +33,8 @@ def withdraw(place: Workspace, question: Mapping[str, str], why: str, undo: bool
         latest = place.latest()
         if latest and latest.is_opening:
             raise ValueError(f"opening round {latest.number} was interrupted; finish it with `abnloop round open`")
-        out = read_withdrawn(place.root)
-        given = statements(place, read_corrections(place.root, withdrawn=True).values())
+        out, known = read_withdrawn(place.root), read_corrections(place.root, withdrawn=True)
+        given = statements(place, [*known.values(), *read_gold(place.root, withdrawn=True).values()])
         chosen = [one for one in about(given, question) if ((str(one["id"]), one["sample"]) in out) == undo]
         if not chosen:
             raise ValueError(f"no annotation {'was withdrawn' if undo else 'counts'} of {what} {value}")

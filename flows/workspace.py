@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from abn.files import replacing
+from abn.manifest import GOLD_MASKS, GOLD_TABLE
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Round:
         return self.read().get("state", "begun") == "begun"
 
 
+def decision_of(state: Mapping[str, Any]) -> str:
+    """What the gate decided on the model of a round, by its round.json: promoted, refused or undecided."""
+    return state.get("decision") or ("promoted" if state["promoted"] else "refused")  # rounds of before knew two
+
+
 class InUse(ValueError):
     """Another process holds the workspace; says which."""
 
@@ -126,7 +132,13 @@ class Workspace:
 
     @property
     def gold(self) -> Path:
-        return self.data / "gold.npz"
+        """Masks of evaluation samples that were given at `abnloop init`."""
+        return self.root / GOLD_MASKS
+
+    @property
+    def gold_table(self) -> Path:
+        """What labelers said of evaluation samples."""
+        return self.root / GOLD_TABLE
 
     @property
     def corrections(self) -> Path:
@@ -204,6 +216,11 @@ class Workspace:
     @property
     def batch(self) -> Path:
         return self.results / "batch.csv"
+
+    @property
+    def gold_questions(self) -> Path:
+        """Which evaluation samples to ask about next, in their order."""
+        return self.results / "gold.csv"
 
     @property
     def control_metrics(self) -> Path:

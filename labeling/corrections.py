@@ -70,7 +70,7 @@ class Consensus:
 
     `mask` is the mean of the masks of those who carried the verdict, `weight` 0..1 their share of the labelers times
     the mean IoU of their masks: 1 where a labeler answered alone. `opinions` are all corrections that went into it,
-    the outvoted ones too.
+    the outvoted ones too; `votes` counts those who carried the verdict.
     """
 
     sample: str
@@ -79,6 +79,7 @@ class Consensus:
     mask: np.ndarray | None
     weight: float
     opinions: tuple[Correction, ...]
+    votes: int
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def settle(corrections: Iterable[Correction], panel: int) -> tuple[list[Consensu
             verdicts = {one.verdict for one in winners}
             verdict = verdicts.pop() if len(verdicts) == 1 else "map_fixed"
             weight = votes / len(opinions) * alike
-            agreed.append(Consensus(sample, verdict, winners[0].label, mask, weight, opinions))
+            agreed.append(Consensus(sample, verdict, winners[0].label, mask, weight, opinions, votes))
     return agreed, disputes
 
 

@@ -74,7 +74,7 @@ def labeling_screen(classes: Sequence[str], tool: Tool = "bitmask") -> str:
  <View className="facts">
   <Header value="Network · 予測" size="5"/><Header value="$network_says" size="5"/>
   <Header value="On file · 登録" size="5"/><Header value="$on_file" size="5"/>
-  <Header value="Asked because · 理由" size="5"/><Header value="$asked_because" size="5"/>
+  <Header value="What stands out · 気になる点" size="5"/><Header value="$asked_because" size="5"/>
  </View>
  <Image name="heat" value="$heatmap" zoom="false" zoomControl="false" width="100%" maxHeight="30vh"/>
  <View className="verdict"><Choices name="verdict" toName="img" choice="single-radio" required="true"

@@ -166,10 +166,14 @@ def test_the_gate_and_the_parent_are_told(history: Workspace) -> None:
     assert first["parent"] is None
     assert second["parent"] == {"round": 1, "model_version": "1", "weights": "scratch"}
     assert third["gate"] == {
+        "decision": "refused",  # as a round says that was judged before there were three answers
         "promoted": False,
         "reason": "reason 3",
         "criteria": [],
         "decided": "2026-03-03T02:00:00+00:00",
+        "gold": {},
+        "gold_painted": [],
+        "earlier": [],
     }
 
 

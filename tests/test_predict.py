@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from abn import control, evaluate, predict, selection, train
+from abn import control, control_evaluate, evaluate, predict, selection, train
 from abn.data import Pictures
 from abn.early import read_early_confidence
 from abn.evaluate import align, measure
@@ -249,7 +249,7 @@ def test_the_stages_run_in_a_row_with_corrections_and_without(tmp_path: Path, mo
     correct(root, {f"train{i:02d}": square(i) for i in range(4)})
     write_params(root, epochs=2)
     monkeypatch.chdir(root)
-    for stage in (train, predict, evaluate, selection, control):
+    for stage in (train, predict, evaluate, selection, control, control_evaluate):
         stage.main()
 
     for results in (root / "results", root / "results/control"):

@@ -460,7 +460,10 @@ def test_the_stage_asks_for_train_and_pool_that_nobody_has_answered(
     main()
     with (tmp_path / "results/batch.csv").open(newline="") as file:
         batch = list(csv.DictReader(file))
-    assert list(batch[0]) == ["sample", "score", "reason", "minutes", "at_random"]
+    assert list(batch[0]) == ["sample", "score", "reason", "minutes", "at_random", "shown"]
+    assert all(row["shown"] and not row["shown"].startswith("picked at random") for row in batch)
+    with (tmp_path / "results/gold.csv").open(newline="") as file:
+        assert [(row["sample"], row["split"]) for row in csv.DictReader(file)] == [("c", "val"), ("d", "test")]
     assert {row["sample"] for row in batch} == {"a", "e", "f", "g"}
     assert json.loads(batch[0]["score"]) >= json.loads(batch[-1]["score"])
     assert sorted(row["at_random"] for row in batch) == ["", "", "", "yes"]

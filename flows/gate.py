@@ -1,9 +1,9 @@
-"""Whether a challenger takes the champion's place. Judged on the validation set; test data plays no part.
+"""The gate: whether a challenger replaces the champion. Judged on the validation set; test data play no part.
 
-Both models answer the same validation pictures, none of which was ever sent to a labeler or trained on, in the same
-contexts, so that each picture compares the one with the other. Validation pictures come from where the training
-pictures come from and carry the same shortcut: whoever unlearns it is no longer right by it. So a picture with a gold
-mask counts half as it is and half in another context, where the shortcut is gone.
+Both models answer the same validation pictures, none of which was ever trained on. These pictures carry the same
+shortcut as the training pictures, so a model that unlearned it answers fewer of them correctly, as a worse model does.
+Pictures with a gold mask tell the two apart: they are answered once more with their background swapped, where the
+shortcut is gone, and a picture counts for a model only if the model is right in both backgrounds.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy.special import betainc, betaincinv
 
 from abn.attention import context_reliance, energy_inside
 from abn.config import load_section
@@ -24,30 +25,50 @@ from abn.predict import SHARD, PredictConfig, predict
 from abn.train import TrainConfig, choose_device
 
 MEASURES = ("attention_inside_mask", "context_reliance")
-ELSEWHERE, BOTH = "_in_other_context", "_in_both_contexts"
+ELSEWHERE = "_in_other_context"
 COMPARISON_COLUMNS = (
     *("sample", "label", "champion", "challenger", f"champion{ELSEWHERE}", f"challenger{ELSEWHERE}"),
     *(f"{model}_{measure}" for measure in MEASURES for model in ("champion", "challenger")),
 )
 
 
+NO_VAL = "the split val has no pictures, so no model can be judged; give some to `abnloop init`"
+FEWEST = 10  # gold masks before a verdict, where more are to come
+LOOKS = 4  # at 10, 20 and 40 masks, and at the 60 that are wanted by default
+CONTRADICTED = 0.3  # up to here the gold of a class agrees with the loss of the class on pictures as they are
+QUANTILES = 64  # of the share of pictures that are not tied, in the mean over it
+ROUNDING = 1e-9
+Verdict = Literal["promoted", "refused", "undecided"]
+
+
 @dataclass(frozen=True)
 class GateConfig:
-    confidence: float  # that a loss of accuracy is no chance, before it counts
-    accuracy_tolerance: float  # what a challenger may lose all the same
-    worst_class_tolerance: float
-    map_tolerance: float  # how much attention inside the mask, and context reliance, may get worse on average
-    resamples: int  # of the bootstrap
-    seed: int
+    """What a verdict needs. Probabilities are 0..1, tolerances are shares of the pictures, 0..1."""
+
+    confidence: float  # from which on a loss on pictures as they are counts as shown; an early verdict needs more
+    accuracy_tolerance: float  # a model is worse where it is right on fewer pictures by more than this share
+    worst_class_tolerance: float  # the same within a class
+    complete_confidence: float = 0.75  # that the challenger is not worse, for a promotion once the gold is complete
+    map_tolerance: float = 0.0  # without effect, as the next two; accepted because earlier workspaces have them
+    resamples: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("accuracy_tolerance", "worst_class_tolerance", "map_tolerance"):
+        for name in ("accuracy_tolerance", "worst_class_tolerance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"gate.{name} is {getattr(self, name)}; it must be from 0 to 1")
-        if not 0.5 <= self.confidence < 1:
-            raise ValueError(f"gate.confidence is {self.confidence}; it must be from 0.5 to below 1")
-        if self.resamples < 100:
-            raise ValueError(f"gate.resamples is {self.resamples}; it must be at least 100")
+        if not 0.8 <= self.confidence <= 0.95:
+            raise ValueError(f"gate.confidence is {self.confidence}; it must be from 0.8 to 0.95")
+        if not 0.5 <= self.complete_confidence <= self.confidence:
+            raise ValueError(
+                f"gate.complete_confidence is {self.complete_confidence}; "
+                f"it must be from 0.5 to gate.confidence, {self.confidence}"
+            )
+
+    @property
+    def early_confidence(self) -> float:
+        """For a verdict before the gold is complete: the chance of an error is shared among LOOKS verdicts."""
+        return 1 - (1 - self.confidence) / LOOKS
 
 
 @dataclass(frozen=True)
@@ -84,35 +105,51 @@ class Comparison:
 
 
 class Criterion(NamedTuple):
-    """One thing that a challenger may not be worse in."""
+    """One comparison of the two models. `passed` is False only where it is a reason to refuse the challenger."""
 
     name: str
-    champion: float
+    champion: float  # 0..1
     challenger: float
-    gain: float  # what the challenger may have gained at best, negative where it lost
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.gain >= -self.tolerance - 1e-9
+    gain: float  # challenger - champion
+    tolerance: float  # the loss from which on the challenger is worse
+    pictures: int
+    probability: float | None = None  # that the challenger is not worse; None: reported only
+    required: float | None = None  # the probability that a promotion needs; None: reported only
+    passed: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name.replace('_', ' ')} {self.champion:.3f} -> {self.challenger:.3f}"
+        return f"{self.name.replace('_', ' ')} {self.champion:.3f} -> {self.challenger:.3f} ({self.pictures})"
 
 
 class Judgement(NamedTuple):
-    promoted: bool
-    reason: str  # with the numbers that it stands on
+    """The verdict on a challenger.
+
+    undecided: too little gold to tell an unlearned shortcut from a worse model. The champion stays, and the same
+    challenger is judged again with `missing_gold` more gold masks of val.
+    """
+
+    verdict: Verdict
+    reason: str  # one line with the numbers that it stands on
     criteria: Sequence[Criterion] = ()
+    missing_gold: int = 0  # above 0 exactly where undecided
+
+    @property
+    def promoted(self) -> bool:
+        return self.verdict == "promoted"
 
     def numbers(self) -> list[dict[str, Any]]:
         """The criteria as JSON takes them."""
-        return [{**one._asdict(), "passed": one.passed} for one in self.criteria]
+        return [one._asdict() for one in self.criteria]
 
 
 def compare(root: Path, champion: Path, challenger: Path) -> Comparison:
-    """Both models, by their files, on the validation set of the workspace at `root`."""
+    """Both models, by their files, on the validation set of the workspace at `root`.
+
+    Raises ValueError where the split val has no pictures.
+    """
     samples = [sample for sample in read_manifest(root) if sample.split == "val"]
+    if not samples:
+        raise ValueError(NO_VAL)
     config = load_section(PredictConfig, root / "params.yaml", "predict")
     device = choose_device(load_section(TrainConfig, root / "params.yaml", "train").device)
     views = [_view(load_model(path, device), root, samples, config) for path in (champion, challenger)]
@@ -135,60 +172,202 @@ def _view(model: LoadedModel, root: Path, samples: Sequence[Sample], config: Pre
     return View(answers, elsewhere, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def judge(comparison: Comparison, config: GateConfig) -> Judgement:
-    """Whether the challenger is not worse than the champion.
+def judge(comparison: Comparison, config: GateConfig, wanted: int) -> Judgement:
+    """The verdict on the challenger; see `weigh` for the rule.
 
-    Accuracy and the accuracy of the worst class count a few pictures, so a loss must be more than chance: `gain` is
-    the upper end of the bootstrap's one-sided interval, and a challenger fails whose gain is below -tolerance. Maps
-    are measured on every picture, so there the mean of the differences is the gain. A model that is right for the
-    wrong reason is no champion.
+    `wanted` is how many gold masks val shall have in the end: with as many the gold is complete, and the verdict is
+    promoted or refused. Without any gold mask it is undecided. Raises ValueError where val has no pictures.
     """
+    if not comparison.samples:
+        raise ValueError(NO_VAL)
     champion, challenger = comparison.champion, comparison.challenger
     truth = np.array([sample.label for sample in comparison.samples])
-    halves = [
-        [np.array(answers) == truth for answers in (view.answers, view.elsewhere)] for view in (champion, challenger)
-    ]
-    where = BOTH if np.isfinite(champion.context_reliance).any() else ""
-    criteria = _accuracies(truth, np.array(halves).sum(axis=1), config, where)
+    gold = np.isfinite(champion.context_reliance) & np.isfinite(challenger.context_reliance)
+    masks = int(gold.sum())
+    wanted = min(wanted, len(truth)) if masks or wanted > 0 else min(FEWEST, len(truth))
+    complete = masks >= wanted
+
+    as_is, swapped = (
+        np.array([np.array(answers) == truth for answers in pair])
+        for pair in ((champion.answers, challenger.answers), (champion.elsewhere, challenger.elsewhere))
+    )
+    classes = np.unique(truth)
+    outcomes = np.array([_outcomes(as_is[:, truth == label]) for label in classes])
+    in_both = np.array([_outcomes((as_is & swapped)[:, gold & (truth == label)]) for label in classes])
+    evidence = weigh(outcomes, in_both, config, complete)
+
+    worst = int(np.lexsort((evidence.class_as_is, ~evidence.class_in_doubt, ~evidence.class_lost))[0])
+    rows = [_criterion("accuracy", as_is, config.accuracy_tolerance, evidence.as_is)]
+    if masks:
+        rows.append(_criterion("accuracy_background_swap", swapped[:, gold], config.accuracy_tolerance))
+        passed = bool(evidence.in_both >= evidence.required) if complete else not evidence.worse
+        both = _criterion(
+            "accuracy_in_both_backgrounds", (as_is & swapped)[:, gold], config.accuracy_tolerance, evidence.in_both
+        )
+        rows.append(both._replace(required=float(evidence.required), passed=passed))
+    of_class = _criterion(
+        f"accuracy_of_class_{classes[worst]}",
+        as_is[:, truth == classes[worst]],
+        config.worst_class_tolerance,
+        evidence.class_as_is[worst],
+    )
+    rows.append(of_class._replace(passed=not evidence.class_lost[worst]))
+
+    missing = 0
+    if evidence.promoted:
+        verdict: Verdict = "promoted"
+    elif evidence.refused:
+        verdict = "refused"
+    else:
+        verdict, missing = "undecided", min(max(FEWEST, 2 * masks), wanted) - masks
+    reason = _reason(rows, evidence, in_both.sum(axis=0), missing)
+    return Judgement(verdict, reason, [*rows, *_map_measures(champion, challenger)], missing)
+
+
+class Evidence(NamedTuple):
+    """What the counts say; arrays of the leading shape of the counts. Probabilities are 0..1."""
+
+    as_is: np.ndarray  # that the challenger is not worse on pictures as they are
+    in_both: np.ndarray  # that it is not worse in both backgrounds
+    required: np.ndarray  # what `in_both` must reach for a promotion
+    class_as_is: np.ndarray  # (..., classes): `as_is` within each class
+    class_lost: np.ndarray  # (..., classes) bool: a class that the challenger has given up
+    class_in_doubt: np.ndarray  # (..., classes) bool: lost as it is, and too little gold to say whether given up
+    worse: np.ndarray  # bool: shown to be worse in both backgrounds
+    promoted: np.ndarray  # bool; neither promoted nor refused is undecided
+    refused: np.ndarray
+
+
+def weigh(as_is: np.ndarray, in_both: np.ndarray, config: GateConfig, complete: bool) -> Evidence:
+    """The rule of the gate, on counts of paired outcomes.
+
+    `as_is` and `in_both` are (..., classes, 3) counts of pictures that the challenger won (it alone is right), lost
+    (the champion alone is right) and tied; `as_is` on all pictures as they are, `in_both` on those with a gold mask,
+    where right means right in both backgrounds. `complete`: whether no more gold is to come.
+
+    A loss on pictures as they are is excused by a gain in both backgrounds that is as sure as the loss, at most
+    `confidence`. Before the gold is complete, a verdict needs `early_confidence` and FEWEST masks.
+
+    A class is given up where its loss on pictures as they are is shown (with the error shared among the classes,
+    Bonferroni) and its gold does not contradict, or where its gold alone shows the loss.
+    """
+    error = 1 - (config.confidence if complete else config.early_confidence)
+    accuracy = probability_not_worse(as_is.sum(axis=-2), config.accuracy_tolerance)
+    both = probability_not_worse(_in_proportion(in_both, as_is), config.accuracy_tolerance)
+    if complete:
+        required = np.maximum(config.complete_confidence, np.minimum(1 - accuracy, config.confidence))
+    else:
+        required = np.full_like(both, config.early_confidence)
+
+    won, lost, _ = np.moveaxis(in_both.sum(axis=-2), -1, 0)
+    share = (won + 1) / (won + lost + 2)
+    borrowed = np.stack([2 * share, 2 * (1 - share), np.ones_like(share)], axis=-1)[..., None, :]
+    class_as_is = probability_not_worse(as_is, config.worst_class_tolerance)
+    class_in_both = probability_not_worse(in_both, config.worst_class_tolerance, borrowed)
+    limit = error / as_is.shape[-2]
+    shown, by_gold = class_as_is <= limit, class_in_both <= limit
+    class_lost = by_gold | (shown & (class_in_both <= CONTRADICTED) & complete)
+    class_in_doubt = shown & ~class_lost & (class_in_both <= 0.5 + ROUNDING) & (not complete)
+
+    enough = complete or in_both.sum(axis=(-2, -1)) >= FEWEST
+    worse = both <= error + ROUNDING
+    given_up = class_lost.any(axis=-1)
+    promoted = enough & (both >= required - ROUNDING) & ~given_up
+    if complete:
+        refused = ~promoted
+    else:
+        promoted &= ~class_in_doubt.any(axis=-1)
+        refused = enough & (worse | given_up)
+    return Evidence(accuracy, both, required, class_as_is, class_lost, class_in_doubt, worse, promoted, refused)
+
+
+def probability_not_worse(counts: np.ndarray, tolerance: float, prior: np.ndarray | float = 1.0) -> np.ndarray:
+    """Posterior probability that lost - won <= tolerance, as shares of all pictures; (..., 3) counts give (...).
+
+    won, lost and tied pictures are multinomial with a Dirichlet prior, flat by default (one picture each). Without a
+    tolerance this is the Bayesian form of the sign test, the probability that a Beta(lost + 1, won + 1) is below one
+    half: 0.5 for equal counts, 0.25 for one lost and none won, 0.9375 for three won and none lost. With a tolerance
+    it is the mean over the share of pictures that are not tied, which is a Beta of its own.
+    """
+    won, lost, tied = np.moveaxis(counts + prior, -1, 0)
+    if tolerance == 0:
+        return betainc(lost, won, 0.5)
+    quantiles = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    differing = betaincinv((won + lost)[..., None], tied[..., None], quantiles)
+    at_most = np.minimum((1 + tolerance / np.maximum(differing, 1e-12)) / 2, 1.0)
+    return betainc(lost[..., None], won[..., None], at_most).mean(axis=-1)
+
+
+def _in_proportion(in_both: np.ndarray, as_is: np.ndarray) -> np.ndarray:
+    """Counts of the gold pictures over all classes, (..., 3), as if each class had its share of val.
+
+    Small classes have more than their share, since each has at least one gold picture. Classes are weighted back, and
+    the counts scaled to the effective number of pictures (Kish, 1965); without weights they stay as they are.
+    """
+    masks = in_both.sum(axis=-1, keepdims=True)
+    weights = np.where(masks > 0, as_is.sum(axis=-1, keepdims=True) / np.maximum(masks, 1), 0.0)
+    total, squares = (weights * masks).sum(axis=-2), (weights**2 * masks).sum(axis=-2)
+    return (weights * in_both).sum(axis=-2) * total / np.maximum(squares, 1e-12)
+
+
+def _outcomes(right: np.ndarray) -> tuple[int, int, int]:
+    """Pictures won, lost and tied of (2, n) bool: whether champion and challenger were right."""
+    champion, challenger = right
+    won, lost = int((challenger & ~champion).sum()), int((champion & ~challenger).sum())
+    return won, lost, len(champion) - won - lost
+
+
+def _criterion(
+    name: str, right: np.ndarray, tolerance: float, probability: np.ndarray | float | None = None
+) -> Criterion:
+    """Of (2, n) bool: whether champion and challenger were right."""
+    before, after = (float(one.mean()) for one in right)
+    known = None if probability is None else float(probability)
+    return Criterion(name, before, after, after - before, tolerance, right.shape[1], known)
+
+
+def _map_measures(champion: View, challenger: View) -> list[Criterion]:
+    """Means over the pictures where both models were measured; reported, never a reason to refuse.
+
+    A map that looks right does not show that the decision rests on it, and how far the answer hangs on the background
+    is what the answers with swapped background say more directly.
+    """
+    rows = []
     for name, sign in zip(MEASURES, (1, -1), strict=True):
         before, after = getattr(champion, name), getattr(challenger, name)
         if (both := np.isfinite(before) & np.isfinite(after)).any():
             means = float(before[both].mean()), float(after[both].mean())
-            criteria.append(Criterion(name, *means, sign * (means[1] - means[0]), config.map_tolerance))
-    faults = [f"{one} ({_fault(one, config)})" for one in criteria if not one.passed]
-    return Judgement(not faults, "; ".join(faults or map(str, criteria)), criteria)
+            rows.append(Criterion(name, *means, sign * (means[1] - means[0]), 1.0, int(both.sum())))
+    return rows
 
 
-def _accuracies(truth: np.ndarray, halves: np.ndarray, config: GateConfig, where: str) -> list[Criterion]:
-    """Accuracy and worst class accuracy by a paired bootstrap within the classes (Efron and Tibshirani, 1993).
+def _reason(rows: Sequence[Criterion], evidence: Evidence, in_both: np.ndarray, missing: int) -> str:
+    """One line: both accuracies, how sure the verdict is, and what it needed."""
+    accuracy, *of_gold, of_class = rows
+    parts = [f"accuracy {_change(accuracy)} on {accuracy.pictures} val pictures"]
+    if accuracy.gain < 0:
+        parts[0] += f" (a loss with probability {1 - evidence.as_is:.3f})"
+    if of_gold:
+        swapped, both = of_gold
+        worse = f"worse by more than {both.tolerance:g}" if both.tolerance else "worse"
+        needed = f"a promotion needs {evidence.required:.3f}"
+        if missing:
+            needed += f", a refusal at most {1 - evidence.required:.3f}"
+        parts += [
+            f"with swapped background {_change(swapped)} on {swapped.pictures} gold masks",
+            f"right in both {_change(both)} ({in_both[0]} won, {in_both[1]} lost)",
+            f"not {worse} with probability {evidence.in_both:.3f} ({needed})",
+        ]
+    if (evidence.class_lost | evidence.class_in_doubt).any():
+        lost = 1 - (of_class.probability or 0)
+        name = of_class.name.removeprefix("accuracy_of_class_")
+        parts.append(f"class {name} {_change(of_class)} on {of_class.pictures}, a loss with probability {lost:.3f}")
+    if missing and not of_gold:
+        parts.append("without gold masks an unlearned shortcut cannot be told from a worse model")
+    if missing:
+        parts.append(f"{missing} more gold mask{'s' * (missing > 1)} of val needed before it is judged again")
+    return "; ".join(parts)
 
-    `halves` is (2, n): how often champion and challenger were right on a picture that was shown twice; `where` that was
-    is added to the names. Drawing n pictures with replacement is a multinomial draw of the nine kinds of pictures that
-    there are, so the cost does not grow with the set.
-    """
-    generator, scores = np.random.default_rng(config.seed), np.indices((3, 3)).reshape(2, 9) / 2
-    sizes, counted, resampled = [], [], []  # of each class: its pictures; right answers (2,), (2, resamples)
-    for label in np.unique(truth):
-        of_class = halves[:, truth == label]
-        kinds = np.bincount(3 * of_class[0] + of_class[1], minlength=9)
-        drawn = generator.multinomial(kinds.sum(), kinds / kinds.sum(), size=config.resamples)
-        sizes.append(kinds.sum())
-        counted.append(of_class.sum(axis=1) / 2)
-        resampled.append(scores @ drawn.T)
-    each = np.array(sizes)
-    criteria = []
-    for name, tolerance, score in (
-        ("accuracy", config.accuracy_tolerance, lambda hits: hits.sum(axis=0) / each.sum()),
-        ("worst_class_accuracy", config.worst_class_tolerance, lambda hits: (hits.T / each).min(axis=-1).T),
-    ):
-        before, after = score(np.array(counted))
-        champion, challenger = score(np.array(resampled))
-        gain = np.quantile(challenger - champion, config.confidence, method="higher")
-        criteria.append(Criterion(name + where, float(before), float(after), float(gain), tolerance))
-    return criteria
 
-
-def _fault(criterion: Criterion, config: GateConfig) -> str:
-    if criterion.name not in MEASURES:
-        return f"{criterion.gain:+.3f} at best with {config.confidence:.0%} confidence, may lose {criterion.tolerance}"
-    return f"{criterion.gain:+.3f}, may lose {criterion.tolerance}"
+def _change(criterion: Criterion) -> str:
+    return f"{criterion.champion:.3f} -> {criterion.challenger:.3f}"

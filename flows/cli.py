@@ -78,8 +78,9 @@ def init(
     Example: `abnloop init leaves --images leaf_photos --masks leaf_masks --drop mixed --set train.epochs=20`
     """
     from flows.ingest import init_workspace
+    from flows.progress import report as on_progress
 
-    with _progress() as on_progress:
+    with _listening():
         report = init_workspace(
             _repository(),
             workspace / directory,
@@ -180,12 +181,20 @@ def round_open(workspace: WorkspaceOption = Path()) -> None:
 
     Example: `abnloop round open --workspace leaves`
     """
+    from flows.preflight import check_settings, check_workspace
+
     place = _connected(workspace)
+    check_workspace(place)
+    console.print(f"opening a round in {escape(str(place.root))}", soft_wrap=True)
+    check_settings(place.params)
     from flows.rounds import open_round
 
     with _listening():
-        result = open_round(str(place.root))
+        state = open_round(str(place.root), return_state=True)
+    result = state.result()
     _say(result)
+    if getattr(result, "new", False):
+        _print_links(place, str(state.state_details.flow_run_id))
 
 
 @rounds.command("collect")
@@ -513,6 +522,24 @@ def _say(result: Opened | Collected | Idle) -> None:
     console.print(escape(str(result)))
 
 
+def _print_links(place: Workspace, flow_run: str) -> None:
+    """Where the round that was opened is to be seen in a browser: its batch, its MLflow run, its flow run."""
+    from flows import services
+    from flows.rounds import tracker_of
+
+    round_, known = place.latest(), services.addresses(place)
+    assert round_ is not None
+    state = round_.read()
+    run = tracker_of(place).client.get_run(state["mlflow_runs"]["round"]).info
+    links = {
+        "label here": f"{known.label_studio}/projects/{state['project']}/data",
+        "MLflow run": f"{known.mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}",
+        "flow run": f"{known.prefect.removesuffix('/api')}/runs/flow-run/{flow_run}",
+    }
+    for title, address in links.items():
+        console.print(f"  {title}: {escape(address)}", soft_wrap=True, highlight=False)
+
+
 def _connected(directory: Path) -> Workspace:
     """The workspace, with this process's Prefect and MLflow pointed at its servers."""
     from flows import services
@@ -526,9 +553,9 @@ def _connected(directory: Path) -> Workspace:
 @contextmanager
 def _listening() -> Iterator[None]:
     """Bars for whatever reports progress."""
-    from flows.progress import listening
+    from flows.progress import listening, shown_on
 
-    with _progress() as on_progress, listening(on_progress):
+    with shown_on(console) as on_progress, listening(on_progress):
         yield
 
 
@@ -551,25 +578,6 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
         except ruamel.yaml.error.YAMLError as error:
             raise ValueError(f"--set {text}: {value} is not YAML") from error
     return settings
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that is done, one after another."""
-    from rich.progress import Progress
-
-    if not console.is_terminal:  # a log, where a bar would leave nothing behind
-        yield lambda what, done, total: console.print(f"{what} {done}/{total}") if done in (1, total) else None
-        return
-    with Progress(console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield on_progress
 
 
 @contextmanager

@@ -72,11 +72,13 @@ def init(
 
     Splits that no CSV gives are stratified (train 0.7, val 0.15, test 0.15) and never cut a group; what a CSV gives
     no label goes to the pool. The same picture in two splits is refused. Masks of val and test become the gold set,
-    which judges maps and trains nothing; masks of train and pool are known only to simulated labelers. Unless
-    data.size is set, it is the pictures' median shape, at most 128 pixels a side, which may hide fine defects.
+    which judges maps and trains nothing; masks of train and pool are known only to simulated labelers. Network, size
+    and epochs are chosen by the images' size, and told: photographs get a pretrained network.
 
     Example: `abnloop init leaves --images leaf_photos --masks leaf_masks --drop mixed --set train.epochs=20`
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training, before torch is imported: flows/versions.py
+    from flows.defaults import time_training
     from flows.ingest import init_workspace
     from flows.progress import report as on_progress
 
@@ -98,8 +100,7 @@ def init(
     for label in labels:
         table.add_row(escape(label) or "(none)", *(str(counts.get(label, 0)) for counts in report.images.values()))
     console.print(table)
-    console.print(f"gold masks (val, test): {report.gold_masks}")
-    console.print(f"masks known only to the simulated labelers: {report.simulation_masks}")
+    console.print(f"masks: {report.gold_masks} gold (val, test), {report.simulation_masks} for simulated labelers")
     for what, lines in {
         "left out, unreadable": [f"{one['image']}: {one['reason']}" for one in report.unreadable],
         "left out, the same picture": [f"{one['image']} is {one['same_as']}" for one in report.duplicates],
@@ -110,7 +111,18 @@ def init(
             console.print(f"{what}: {len(lines)}\n  " + "\n  ".join(map(escape, lines[:10])) + more)
     for line in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(line)}")
-    console.print(f"next: `abnloop up --workspace {escape(str(workspace / directory))}`")
+    for line in report.missing:
+        console.print(f"[yellow]missing:[/] {escape(line)}")
+    for line in report.why:
+        console.print(f"[green]chosen:[/] {escape(line)}")
+    chosen = [
+        f"{name}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for name, value in report.chosen.items()
+    ]
+    console.print(f"  {escape(' '.join(chosen))}", highlight=False)
+    console.print("  `abnloop init --set SECTION.KEY=VALUE` sets another value, or later params.yaml, committed")
+    console.print(f"[green]cost:[/] {time_training((workspace / directory).resolve())}")
+    at = escape(str(workspace / directory))
+    console.print(f"next: `abnloop up --workspace {at}`, then `abnloop round open --workspace {at}`", soft_wrap=True)
 
 
 @app.command()

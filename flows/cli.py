@@ -246,8 +246,11 @@ def round_reconcile(
 
 
 @rounds.command("status")
-def round_status(workspace: WorkspaceOption = Path()) -> None:
-    """Show every round: what its model learned from, how good it is, whether it was promoted.
+def round_status(
+    workspace: WorkspaceOption = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list, an object a round, for programs.")] = False,
+) -> None:
+    """Show every round: what its model learned from, how good it is beside the baseline, whether it was promoted, why.
 
     Example: `abnloop round status --workspace leaves`
     """
@@ -255,7 +258,10 @@ def round_status(workspace: WorkspaceOption = Path()) -> None:
     from flows.workspace import open_workspace
 
     place = open_workspace(workspace)
-    console.print(summary_table(summarise(place), f"rounds of {place.root.name}"))
+    if as_json:
+        print(json.dumps(summarise(place), indent=2, ensure_ascii=False))
+    else:
+        console.print(summary_table(summarise(place), f"rounds of {escape(place.root.name)}"))
 
 
 @labelers.command("invite")
@@ -428,6 +434,28 @@ def lineage(
         print(told.as_json(facts), end="")
     else:
         console.print(*told.as_text(facts), sep="\n")
+
+
+@app.command()
+def report(
+    output: Annotated[
+        Path | None, typer.Option(help="The HTML file to write.", show_default="report.html in the workspace")
+    ] = None,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Write the story of the rounds as one HTML page: what each model looks at, how good it is, what the gate said.
+
+    Works with the services down. The page holds all its images, so that it can be sent as it is.
+
+    Example: `abnloop report --workspace leaves --output leaves.html`
+    """
+    from flows.report import render_report
+    from flows.workspace import open_workspace, write_atomically
+
+    place = open_workspace(workspace)
+    path = output or place.root / "report.html"
+    write_atomically(path, render_report(place))
+    console.print(f"report: {escape(str(path))}", soft_wrap=True)
 
 
 @app.command()

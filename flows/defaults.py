@@ -116,9 +116,11 @@ class Cost:
 
     def __str__(self) -> str:
         minutes = self.seconds / 60
-        about = f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute" if minutes >= 0.7 else "less than a minute"
+        about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute"
+        if minutes < 0.7:
+            about = "less than a minute"
         return (
-            f"about {about} a training ({self.epochs} epochs of {self.images} images, by {self.steps} "
+            f"{about} a training ({self.epochs} epochs of {self.images} images, by {self.steps} "
             f"{'step' if self.steps == 1 else 'steps'} timed on this machine's {self.device}). Round 1 trains the "
             "baseline; each later round trains from the corrections, up to twice as long"
         )

@@ -71,8 +71,10 @@ class StageLines:
         if skipped := re.match(r"Stage '(\w+)' (?:didn't change|is cached)", line):
             self.stage = skipped[1]
             self._report(1, 1, "", "nothing changed")
+        if line.startswith("nobody has said anything yet"):
+            self._report(1, 1, "", "nothing to learn from yet, the baseline is this round's model")
         if counted := re.match(r"predicted (\d+)/(\d+)", line):
-            self._report(int(counted[1]), int(counted[2]))
+            self._report(int(counted[1]), int(counted[2]), "" if self.stage == "predict" else "predict every image")
         counted = re.match(r"(?:(.+): )?step (\d+)/(\d+)(?:, (.*))?$", line)
         if counted:
             self._report(int(counted[2]), int(counted[3]), counted[1] or "", counted[4] or "")
@@ -110,21 +112,24 @@ class Lines:
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write, self.clock = write, clock
-        self.begun: dict[str, tuple[float, int]] = {}  # when work was first told of, and how much was done by then
+        self.begun: dict[str, float] = {}  # when work was first told of
+        self.pace: dict[
+            str, tuple[float, int]
+        ] = {}  # when some of it was first done, and how much; making ready is not
         self.told = 0.0
 
     def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
-        now, first = self.clock(), what not in self.begun
-        began, before = self.begun.setdefault(what, (now, done))
-        ended = done >= total
+        now, first, ended = self.clock(), what not in self.begun, done >= total
+        began = self.begun.setdefault(what, now)
+        since, before = self.pace.setdefault(what, (now, done)) if done else (now, done)
         if not (first or ended or now - self.told >= SILENCE):
             return
         self.told = now
-        words = [f"{what} {done}/{total}" if total > 1 else what]
+        words = [f"{what}, {done} of {total}" if total > 1 else what]
         if ended and not first and now - began >= 1:
             words.append(f"took {in_words(now - began)}")
         elif done > before and not ended:
-            words.append(f"about {in_words((now - began) / (done - before) * (total - done))} left")
+            words.append(f"about {in_words((now - since) / (done - before) * (total - done))} left")
         self.write(", ".join([*words, *([detail] if detail else [])]))
 
 

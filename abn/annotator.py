@@ -21,6 +21,7 @@ from abn.context import binarised, in_another_context, overlap, with_surrounding
 from abn.data import DataConfig, Pictures, augment, in_order, still_marked
 from abn.manifest import MANY_MASKS
 from abn.pyramid import Pyramid
+from abn.stage import progress
 
 # Each cycle of steps begins with the learning rate anew (SGDR, Loshchilov and Hutter, ICLR 2017), and only where the
 # one before did not teach enough: a digit is learned in the first, a scratch on a metal tile takes both.
@@ -195,6 +196,7 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         mask_loss(logits, wanted).backward()
         optimizer.step()
+        progress(f"learning to propagate masks, at most {sum(CYCLES)} steps", step + 1, steps)
 
 
 def _trust(drawn: dict[int, UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 h w"]) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 
 from abn import cifar, efficientnet_lite
 from abn.cifar import Body, Normal, convolution
+from abn.config import suggest
 from abn.efficientnet_lite import EfficientNetLite0, packaged_weights
 
 
@@ -76,7 +77,7 @@ def make_body(name: str, weights: str = "none") -> Body:
             return make(*map(int, match.groups()))
         if match:
             return make(make_network(name, weights))
-    raise ValueError(f"model.backbone is {name!r}; known: {', '.join(BACKBONES)}")
+    raise ValueError(f"model.backbone is {name!r}{suggest(name, BACKBONES)}")
 
 
 def make_network(name: str, weights: str = "none") -> Any:
@@ -164,14 +165,20 @@ def _lite_network(name: str, weights: str) -> Any:
 def _torchvision_network(name: str, weights: str) -> Any:
     import torchvision  # seconds to import, and the paper's own networks do without it
 
+    return torchvision.models.get_model(name, weights=torchvision_weights(name, weights))
+
+
+def torchvision_weights(name: str, weights: str) -> Any:
+    """The entry `weights` of torchvision's network `name`; None for `none`. Raises ValueError where there is none."""
+    import torchvision
+
     if weights == "none":
-        return torchvision.models.get_model(name, weights=None)
+        return None
     try:
-        chosen = torchvision.models.get_model_weights(name)[weights]
+        return torchvision.models.get_model_weights(name)[weights]
     except KeyError:
         known = ", ".join(torchvision.models.get_model_weights(name).__members__)
         raise ValueError(f"model.weights is {weights!r}; for {name}: none, {known}, or a local file") from None
-    return torchvision.models.get_model(name, weights=chosen)
 
 
 # Torchvision's networks, and one that is built like them, without their linear layers. All are cut before the last

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from abn.annotator import AT_ONCE, examples, in_other_light
 from abn.context import binarised, grown, is_small, with_surroundings
 from abn.data import Pictures, in_order
+from abn.stage import progress
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1000, 4096, 5e-3, 64
 SURE = 0.8  # of the picture's own class, from which on a place misleads
@@ -137,6 +138,7 @@ def _taught(
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(judge(seen[rows]) + frequent, wanted[rows]).backward()
         optimizer.step()
+        progress("looking for spurious regions", step + 1, STEPS)
     return judge.eval()
 
 

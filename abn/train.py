@@ -54,7 +54,7 @@ from abn.manifest import Sample, class_names, training_samples, without_loose_ma
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.pyramid import Pyramid
 from abn.shortcut import find_shortcuts
-from abn.stage import CONTROL, ROUND, Stage
+from abn.stage import CONTROL, ROUND, Stage, printed_progress, progress
 
 MOST = 0.9  # of a picture: if more were hidden, its label would be learned from another one's surroundings
 # Times the trust in masks that people painted too wide, and in those that were learned from them, where something is
@@ -197,6 +197,10 @@ def train(
             optimizer.step()
             for name, value in parts.items():
                 totals.setdefault(name, []).append(value)  # a batch without masks has no loss of the map
+            if parallel.is_first():
+                done, accuracy = (epoch - 1) * len(batches) + step + 1, totals["accuracy"]
+                detail = f"epoch {epoch}/{config.epochs}, accuracy {sum(accuracy) / len(accuracy):.2f}"
+                progress("", done, config.epochs * len(batches), detail)
         if is_early_epoch(epoch, config.epochs) and parallel.is_first():
             write_early_confidence(output / "early.npz", network, pictures, config.batch_size)
         if not all(bool(p.isfinite().all()) for p in network.parameters()):
@@ -417,7 +421,8 @@ def run(stage: Stage) -> None:
             f"  {line['seconds']:.1f} s"
         )
 
-    train(Path(), samples, settings, stage.results, say_epoch, say)
+    with printed_progress():
+        train(Path(), samples, settings, stage.results, say_epoch, say)
 
 
 def main() -> None:

@@ -72,14 +72,17 @@ def init(
 
     Splits that no CSV gives are stratified (train 0.7, val 0.15, test 0.15) and never cut a group; what a CSV gives
     no label goes to the pool. The same picture in two splits is refused. Masks of val and test become the gold set,
-    which judges maps and trains nothing; masks of train and pool are known only to simulated labelers. Unless
-    data.size is set, it is the pictures' median shape, at most 128 pixels a side, which may hide fine defects.
+    which judges maps and trains nothing; masks of train and pool are known only to simulated labelers. Network, size
+    and epochs are chosen by the images' size, and told: photographs get a pretrained network.
 
     Example: `abnloop init leaves --images leaf_photos --masks leaf_masks --drop mixed --set train.epochs=20`
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training, before torch is imported: flows/versions.py
+    from flows.defaults import time_training
     from flows.ingest import init_workspace
+    from flows.progress import report as on_progress
 
-    with _progress() as on_progress:
+    with _listening():
         report = init_workspace(
             _repository(),
             workspace / directory,
@@ -97,8 +100,7 @@ def init(
     for label in labels:
         table.add_row(escape(label) or "(none)", *(str(counts.get(label, 0)) for counts in report.images.values()))
     console.print(table)
-    console.print(f"gold masks (val, test): {report.gold_masks}")
-    console.print(f"masks known only to the simulated labelers: {report.simulation_masks}")
+    console.print(f"masks: {report.gold_masks} gold (val, test), {report.simulation_masks} for simulated labelers")
     for what, lines in {
         "left out, unreadable": [f"{one['image']}: {one['reason']}" for one in report.unreadable],
         "left out, the same picture": [f"{one['image']} is {one['same_as']}" for one in report.duplicates],
@@ -109,7 +111,18 @@ def init(
             console.print(f"{what}: {len(lines)}\n  " + "\n  ".join(map(escape, lines[:10])) + more)
     for line in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(line)}")
-    console.print(f"next: `abnloop up --workspace {escape(str(workspace / directory))}`")
+    for line in report.missing:
+        console.print(f"[yellow]missing:[/] {escape(line)}")
+    for line in report.why:
+        console.print(f"[green]chosen:[/] {escape(line)}")
+    chosen = [
+        f"{name}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for name, value in report.chosen.items()
+    ]
+    console.print(f"  {escape(' '.join(chosen))}", highlight=False)
+    console.print("  `abnloop init --set SECTION.KEY=VALUE` sets another value, or later params.yaml, committed")
+    console.print(f"[green]cost:[/] {time_training((workspace / directory).resolve())}")
+    at = escape(str(workspace / directory))
+    console.print(f"next: `abnloop up --workspace {at}`, then `abnloop round open --workspace {at}`", soft_wrap=True)
 
 
 @app.command()
@@ -180,12 +193,20 @@ def round_open(workspace: WorkspaceOption = Path()) -> None:
 
     Example: `abnloop round open --workspace leaves`
     """
+    from flows.preflight import check_settings, check_workspace
+
     place = _connected(workspace)
+    check_workspace(place)
+    console.print(f"opening a round in {escape(str(place.root))}", soft_wrap=True)
+    check_settings(place.params)
     from flows.rounds import open_round
 
     with _listening():
-        result = open_round(str(place.root))
+        state = open_round(str(place.root), return_state=True)
+    result = state.result()
     _say(result)
+    if getattr(result, "new", False):
+        _print_links(place, str(state.state_details.flow_run_id))
 
 
 @rounds.command("collect")
@@ -225,8 +246,11 @@ def round_reconcile(
 
 
 @rounds.command("status")
-def round_status(workspace: WorkspaceOption = Path()) -> None:
-    """Show every round: what its model learned from, how good it is, whether it was promoted.
+def round_status(
+    workspace: WorkspaceOption = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list, an object a round, for programs.")] = False,
+) -> None:
+    """Show every round: what its model learned from, how good it is beside the baseline, whether it was promoted, why.
 
     Example: `abnloop round status --workspace leaves`
     """
@@ -234,7 +258,10 @@ def round_status(workspace: WorkspaceOption = Path()) -> None:
     from flows.workspace import open_workspace
 
     place = open_workspace(workspace)
-    console.print(summary_table(summarise(place), f"rounds of {place.root.name}"))
+    if as_json:
+        print(json.dumps(summarise(place), indent=2, ensure_ascii=False))
+    else:
+        console.print(summary_table(summarise(place), f"rounds of {escape(place.root.name)}"))
 
 
 @labelers.command("invite")
@@ -410,6 +437,28 @@ def lineage(
 
 
 @app.command()
+def report(
+    output: Annotated[
+        Path | None, typer.Option(help="The HTML file to write.", show_default="report.html in the workspace")
+    ] = None,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Write the story of the rounds as one HTML page: what each model looks at, how good it is, what the gate said.
+
+    Works with the services down. The page holds all its images, so that it can be sent as it is.
+
+    Example: `abnloop report --workspace leaves --output leaves.html`
+    """
+    from flows.report import render_report
+    from flows.workspace import open_workspace, write_atomically
+
+    place = open_workspace(workspace)
+    path = output or place.root / "report.html"
+    write_atomically(path, render_report(place))
+    console.print(f"report: {escape(str(path))}", soft_wrap=True)
+
+
+@app.command()
 def withdraw(
     why: Annotated[str, typer.Option(help="For those who ask later.")],
     labeler: Annotated[str, typer.Option(help="Everything that was collected of this person (e-mail).")] = "",
@@ -513,6 +562,24 @@ def _say(result: Opened | Collected | Idle) -> None:
     console.print(escape(str(result)))
 
 
+def _print_links(place: Workspace, flow_run: str) -> None:
+    """Where the round that was opened is to be seen in a browser: its batch, its MLflow run, its flow run."""
+    from flows import services
+    from flows.rounds import tracker_of
+
+    round_, known = place.latest(), services.addresses(place)
+    assert round_ is not None
+    state = round_.read()
+    run = tracker_of(place).client.get_run(state["mlflow_runs"]["round"]).info
+    links = {
+        "label here": f"{known.label_studio}/projects/{state['project']}/data",
+        "MLflow run": f"{known.mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}",
+        "flow run": f"{known.prefect.removesuffix('/api')}/runs/flow-run/{flow_run}",
+    }
+    for title, address in links.items():
+        console.print(f"  {title}: {escape(address)}", soft_wrap=True, highlight=False)
+
+
 def _connected(directory: Path) -> Workspace:
     """The workspace, with this process's Prefect and MLflow pointed at its servers."""
     from flows import services
@@ -526,9 +593,9 @@ def _connected(directory: Path) -> Workspace:
 @contextmanager
 def _listening() -> Iterator[None]:
     """Bars for whatever reports progress."""
-    from flows.progress import listening
+    from flows.progress import listening, shown_on
 
-    with _progress() as on_progress, listening(on_progress):
+    with shown_on(console) as on_progress, listening(on_progress):
         yield
 
 
@@ -551,25 +618,6 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
         except ruamel.yaml.error.YAMLError as error:
             raise ValueError(f"--set {text}: {value} is not YAML") from error
     return settings
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that is done, one after another."""
-    from rich.progress import Progress
-
-    if not console.is_terminal:  # a log, where a bar would leave nothing behind
-        yield lambda what, done, total: console.print(f"{what} {done}/{total}") if done in (1, total) else None
-        return
-    with Progress(console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield on_progress
 
 
 @contextmanager

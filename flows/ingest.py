@@ -11,6 +11,9 @@ import random
 import re
 import secrets
 import shutil
+import subprocess
+import sys
+import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +29,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from abn.config import suggest
 from abn.manifest import CORRECTION_COLUMNS, EVALUATION, MANIFEST_COLUMNS, WITHDRAWAL_COLUMNS
+from flows.defaults import PRETRAINED, Choice, choose
+from flows.preflight import PREFECT_SECTIONS, SECTIONS, check_settings
 from flows.versions import Dvc, Git, is_repository
 from flows.workspace import Workspace, write_arrays, write_atomically, write_json, write_table
 
@@ -72,6 +77,9 @@ class Report:
     duplicates: list[dict[str, str]] = field(default_factory=list)  # image, same_as
     turned: list[str] = field(default_factory=list)  # saved as PNG with their EXIF orientation applied
     dropped: dict[str, int] = field(default_factory=dict)  # class -> pictures
+    chosen: dict[str, Any] = field(default_factory=dict)  # "section.key" -> value, as the images suggest it
+    why: list[str] = field(default_factory=list)  # what they were chosen for
+    missing: list[str] = field(default_factory=list)  # what cannot be done for lack of masks
     warnings: list[str] = field(default_factory=list)
 
 
@@ -91,8 +99,8 @@ def init_workspace(
 
     images: class folders (IMAGES/<class>/<file>), or what the CSV at `index` names; a folder that holds index.csv
     beside images/ needs no `index`. masks: MASKS/<class>/<stem>.png, unless the CSV has a column `mask`.
-    settings: "section.key" -> value, for params.yaml; without data.size the pictures' shape decides. drop: classes to
-    leave out.
+    settings: "section.key" -> value, for params.yaml; those that are not given are chosen by the pictures
+    (flows/defaults.py), and all are checked before any picture is read. drop: classes to leave out.
     Masks of val and test become the gold set; those of train and pool are known only to simulated labelers, and with
     `hide_masks` those of val and test, too, as if the user had none.
     Raises ValueError for anything that does not fit, and then leaves nothing behind.
@@ -114,6 +122,8 @@ def init_workspace(
     if not directory.parent.is_dir():
         raise ValueError(f"{directory.parent} does not exist; make it first")
 
+    given = _given(settings or {})
+    _check_settings(repository, given)
     report = Report()
     sources = read_index(Path(index), images, masks) if index else _from_folders(images, masks)
     sources = _drop(sources, [_text(name) for name in drop], report)
@@ -121,19 +131,56 @@ def init_workspace(
         pictures = _without_duplicates(_read_all(sources, report, progress), report)
         _check_classes(sources, pictures)
         pictures = assign_splits(pictures, seed)
-        chosen = {"project.name": _safe(directory.name)[:40], "data.size": _network_size(pictures), **(settings or {})}
+        choice = _choose(pictures, given)
+        report.chosen, report.why = choice.settings, choice.why
+        chosen = {"project.name": _safe(directory.name)[:40], **choice.settings, **given}
         _build_beside(directory, repository.resolve(), pictures, chosen, report, progress, hide_masks)
     return report
 
 
-def _network_size(pictures: Sequence[Picture]) -> list[int]:
-    """Height and width, in pixels, at which a network sees pictures of this shape unless the user says otherwise.
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the user gave, with what they imply."""
+    given = dict(settings)
+    weights = given.get("model.weights")
+    if weights == "pretrained":
+        given.setdefault("model.backbone", "efficientnet_lite0")
+    elif isinstance(weights, str) and Path(weights).is_file():
+        given["model.weights"] = str(Path(weights).resolve())  # a workspace is another folder
+    return given
 
-    The median shape with its longer side at most 128, in steps of 16: small enough to try everything on a CPU.
-    """
+
+def _check_settings(repository: Path, given: Mapping[str, Any]) -> None:
+    """Raises ValueError where params.yaml with the `given` settings would be refused later, by whatever command."""
+    content = Git(repository).content("HEAD", "params.yaml")
+    if content is None:
+        raise ValueError(f"{repository} has no params.yaml in its last commit; a workspace is made from the project")
+    # Which network it will be, unless one is given, the pictures say: what fits one of them passes here.
+    networks = [{}] if "model.backbone" in given else [{}, {**PRETRAINED, "data.size": [128, 128]}]
+    refusals = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        for network in networks:
+            path.write_bytes(content)
+            change_settings(path, {**network, **given})
+            try:
+                check_settings(path, SECTIONS)
+            except ValueError as error:
+                refusals.append(error)
+        if len(refusals) == len(networks):
+            raise refusals[0]
+        if any(name.partition(".")[0] in PREFECT_SECTIONS for name in given):
+            # In a process of its own: this one may yet have to tell Prefect where its server is.
+            command = [sys.executable, "-m", "flows.preflight", str(path)]
+            home = Path(__file__).resolve().parent.parent
+            done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ValueError(done.stderr.strip().split("\n")[-1])
+
+
+def _choose(pictures: Sequence[Picture], given: Mapping[str, Any]) -> Choice:
     height, width = (int(np.median([getattr(one, side) for one in pictures])) for side in ("height", "width"))
-    scale = min(1.0, 128 / max(height, width))
-    return [max(16, round(side * scale / 16) * 16) for side in (height, width)]
+    learned = sum(picture.source.split == "train" for picture in pictures)
+    return choose(height, width, learned, given)
 
 
 def assign_splits(pictures: Sequence[Picture], seed: int) -> list[Picture]:
@@ -427,6 +474,7 @@ def _build(
     progress("cloning the project", 0, 1)
     git, dvc = Git.clone(repository, workspace.root), Dvc(workspace.root)
     change_settings(workspace.params, settings)
+    check_settings(workspace.params, SECTIONS)
     workspace.images.mkdir(parents=True)
     workspace.models.mkdir(exist_ok=True)
     workspace.state.mkdir()
@@ -462,6 +510,8 @@ def _build(
         report.warnings.append(
             f"{len(unseen)} images have a format that browsers do not show, such as {files[unseen[0]]}"
         )
+    report.warnings += _unjudged(report.images)
+    report.missing = _missing(len(judged), len(learned))
     write_json(workspace.ingest_report, dataclasses.asdict(report))
 
     progress("versioning the data", 0, 1)
@@ -473,6 +523,27 @@ def _build(
         [".dvc", ".dvcignore", *dvc.add(data), *map(workspace.relative, [*tables, workspace.ingest_report])],
         f"[data] {len(pictures)} images in {len({picture.source.label for picture in pictures} - {''})} classes",
     )
+
+
+def _unjudged(images: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A warning for each class that val or test lacks: no metric tells whether it is still known."""
+    return [
+        f"class {label} has no images in {split}, so that nothing tells whether a model still knows it; add images, "
+        "name splits in a CSV (--index), or leave it out with --drop"
+        for split in ("val", "test")
+        for label in sorted(images["train"])
+        if not images[split].get(label)
+    ]
+
+
+def _missing(gold: int, simulation: int) -> list[str]:
+    """What cannot be done for lack of masks, and what takes its place."""
+    missing = []
+    if not gold:
+        missing.append("no gold masks (val, test): the gate needs some that labelers paint, and batches ask for them")
+    if not simulation:
+        missing.append("no masks of train: `abnloop simulate` cannot answer; people do, in Label Studio")
+    return missing
 
 
 def copy_picture(picture: Picture, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,10 +41,9 @@ from abn.manifest import (
     read_manifest,
     read_withdrawn,
 )
-from abn.predict import PredictConfig
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
-from abn.train import Settings, TrainConfig, choose_device
+from abn.train import TrainConfig
 from flows.gallery import Seen, gallery, gold_rows, inferred_sheet, map_tile, read_rgb, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
 from flows.gold import (
@@ -69,8 +68,9 @@ from flows.people import (
     simulated_labelers,
     still_standing,
 )
+from flows.preflight import check_committed, check_settings, state_of
 from flows.processes import stop_marked
-from flows.progress import report
+from flows.progress import StageLines, report
 from flows.services import addresses
 from flows.stopping import StopConfig, reason_to_stop
 from flows.tracking import STAGES, Tracker
@@ -133,16 +133,6 @@ class LabelingConfig:
             )
         if not 0 < self.gold_share <= 1:
             raise ValueError(f"labeling.gold_share is {self.gold_share}; it must be above 0 and at most 1")
-
-
-# What a round reads of params.yaml beside a training's own, looked at before anything begins.
-SECTIONS = {
-    "project": ProjectConfig,
-    "predict": PredictConfig,
-    "gate": GateConfig,
-    "labeling": LabelingConfig,
-    "stop": StopConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -287,20 +277,6 @@ def held(place: Workspace, command: str) -> Iterator[str]:
         yield left_behind
 
 
-State = Literal["none", "begun", "open", "unsealed", "closed"]
-
-
-def state_of(place: Workspace, round_: Round | None) -> State:
-    """Where a round stands: `begun` until its tasks are pushed, `open` until it is collected, `closed` once tagged;
-    `unsealed` in between, where closing it was interrupted."""
-    if round_ is None:
-        return "none"
-    state = round_.read().get("state", "begun")
-    if state == "closed" and round_.tag not in Git(place.root).tags(round_.tag):
-        return "unsealed"
-    return state
-
-
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
@@ -328,11 +304,7 @@ def check_before_opening(place: Workspace) -> bool:
     state = state_of(place, latest)
     if state == "open":
         return False
-    if latest and state == "unsealed":
-        raise ValueError(f"collecting round {latest.number} was interrupted; finish it with `abnloop round collect`")
-    choose_device(Settings.load(place.params).train.device)
-    for name, section in SECTIONS.items():
-        load_section(section, place.params, name)
+    check_settings(place.params)
     config = load_section(SelectionConfig, place.params, "selection")
     samples, answered = read_manifest(place.root), read_corrections(place.root)
     class_names(samples)
@@ -341,13 +313,7 @@ def check_before_opening(place: Workspace) -> bool:
         raise ValueError(
             f"selection.budget is {config.budget} but the pool holds {pool} images; lower it in params.yaml"
         )
-    interrupted = f"|{place.relative(latest.folder)}/.*" if latest and state == "begun" else ""
-    ours = re.compile(rf"dvc\.lock|results/.*|models/.*{interrupted}")
-    if foreign := [path for path in Git(place.root).changed_paths() if not ours.fullmatch(path)]:
-        raise ValueError(
-            f"{foreign[0]} has changes that are not committed ({len(foreign)} file(s)); "
-            "commit them with `git add` and `git commit`, or undo them, so that the round can be restored"
-        )
+    check_committed(place, latest, state)
     dvc = Dvc(place.root)
     if absent := dvc.missing():
         raise ValueError(f"the DVC cache lacks {min(absent)}; fetch it with `dvc pull`")
@@ -398,17 +364,14 @@ def reproduce(place: Workspace, round_: Round) -> None:
     round_.write({**round_.read(), "mlflow_runs": runs})
     # Until the first correction the control's training is the round's.
     watched, curve = ("train", place.train_log) if read_corrections(place.root) else ("control", place.control_log)
-    stage = ""
+    stages = StageLines()
 
     def on_line(line: str) -> None:
-        nonlocal stage
+        if stages(line):
+            return
         logger.info(line)
-        if started := re.match(r"Running stage '(\w+)'", line):
-            stage = started[1]
-        if counted := re.match(r"(\w+) (\d+)/(\d+)", line):
-            report(f"{stage}: {counted[1]}", int(counted[2]), int(counted[3]))
-            if stage == watched:
-                tracker.follow(runs["train"], curve)
+        if stages.stage == watched and line.startswith("epoch "):
+            tracker.follow(runs["train"], curve)
 
     # The slot is a lease that is renewed as long as this process lives; a server that is away does not end a training.
     with concurrency(GPU, occupy=1, lease_duration=LEASE, strict=False):

@@ -180,6 +180,7 @@ class Dvc:
     def __init__(self, root: str | Path, patience: float = 60.0) -> None:
         self.root = Path(root)
         self.patience = patience
+        self._cache: Path | None = None  # where it is, once asked: a call of dvc takes seconds
 
     def init(self) -> None:
         """Make the git repository at the root a DVC repository, one that never looks for the internet unasked."""
@@ -213,8 +214,13 @@ class Dvc:
 
     def caches(self, md5: str) -> bool:
         """Whether the cache holds the content with that MD5, for a folder its list of files."""
-        cache = Path(self._run("cache", "dir").split("\n")[-1].strip())
-        return (cache / "files" / "md5" / md5[:2] / md5[2:]).is_file()
+        return self.cached(md5).is_file()
+
+    def cached(self, md5: str) -> Path:
+        """Where the cache keeps the content with that MD5, whether or not it has it."""
+        if self._cache is None:
+            self._cache = Path(self._run("cache", "dir").split("\n")[-1].strip())
+        return self._cache / "files" / "md5" / md5[:2] / md5[2:]
 
     def push(self) -> None:
         """Copy what the cache holds to the default remote, where there is one. Raises ValueError where it cannot be

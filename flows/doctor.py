@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import httpx
 import psutil
@@ -21,8 +21,8 @@ from flows.services import (
     TITLES,
     TOKEN_VARIABLE,
     Services,
-    address_of,
     answers,
+    ask_prefect,
     embedded,
     label_studio_access,
     label_studio_executable,
@@ -193,13 +193,12 @@ class _Deployment:
 
 def _deployments(workspace: Workspace) -> list[_Deployment]:
     """The deployments of the workspace. Raises httpx.HTTPError where Prefect does not answer."""
-    api, now, found = f"{address_of(workspace, 'prefect')}/api", datetime.now(UTC), []
-    for one in _ask(f"{api}/deployments/filter", {}):
-        if TAG not in one["tags"]:
-            continue
+    now, found = datetime.now(UTC), []
+    for one in ask_prefect(workspace, "deployments/filter", {"deployments": {"tags": {"all_": [TAG]}}}):
         mine, waiting = {"id": {"any_": [one["id"]]}}, {"type": {"any_": ["SCHEDULED"]}}
         asked = {"deployments": mine, "flow_runs": {"state": waiting}, "sort": "EXPECTED_START_TIME_ASC", "limit": 200}
-        dates = [_date(run["expected_start_time"]) for run in _ask(f"{api}/flow_runs/filter", asked)]
+        runs = ask_prefect(workspace, "flow_runs/filter", asked)
+        dates = [_date(run["expected_start_time"]) for run in runs]
         schedules = [schedule for schedule in one["schedules"] if schedule["active"]]
         found.append(
             _Deployment(
@@ -212,12 +211,6 @@ def _deployments(workspace: Workspace) -> list[_Deployment]:
             )
         )
     return sorted(found, key=lambda one: one.name)
-
-
-def _ask(url: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    answer = httpx.post(url, json=body, timeout=10, trust_env=False)
-    answer.raise_for_status()
-    return list(answer.json())
 
 
 def _date(text: str) -> datetime:

@@ -15,7 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.schedules import CronSchedule
 
 from abn.config import load_section
-from flows.workspace import Workspace
+from flows.workspace import Workspace, read_json, write_json
 
 GPU = "abnloop-gpu"  # the name of the limit
 LEASE = 60.0  # seconds after which the slot of a run that died is free again
@@ -61,12 +61,15 @@ def training_slot(place: Workspace) -> Iterator[None]:
     set_limit(place)
     logger, ended = get_run_logger(), threading.Event()
     with get_client(sync_client=True) as client:
+        _release(client, read_json(place.slot).get("lease"))  # of a run that was killed here; the workspace is ours
         lease = _take(client)
         if lease is None:
             logger.info("waits for one of the training slots (flows.gpu_concurrency); all of them are taken")
         while lease is None:
             time.sleep(2)
             lease = _take(client)
+
+    write_json(place.slot, {"lease": str(lease)})
 
     def renew() -> None:
         nonlocal lease
@@ -90,10 +93,16 @@ def training_slot(place: Workspace) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(RENEWAL)
-        # A server that is away frees the slot by itself.
-        with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
-            if lease is not None:
-                client.release_concurrency_slots_with_lease(lease)
+        with get_client(sync_client=True) as client:
+            _release(client, lease)
+        place.slot.unlink(missing_ok=True)
+
+
+def _release(client: SyncPrefectClient, lease: UUID | str | None) -> None:
+    """Give a slot back, if any; the server frees it by itself where it is away or has done so already."""
+    if lease is not None:
+        with suppress(httpx.HTTPError):
+            client.release_concurrency_slots_with_lease(UUID(str(lease)))
 
 
 def _take(client: SyncPrefectClient) -> UUID | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import httpx
 import psutil
 
 from abn.config import read_params
@@ -80,7 +81,7 @@ class _Supervisor:
         self.runner: dict[str, Any] = {}  # its record
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self.record: dict[str, Any] = {"since": now, "restarts": {}}
-        # What an earlier one that was killed had started is ours now, and ends with us.
+        # The services that an earlier one had started are ours now, and end with us; its runs end at once.
         if stop_marked(SERVED, str(place.root)):
             log.warning("an earlier `abnloop serve` was killed; the runs that it left behind have been ended")
 
@@ -89,6 +90,7 @@ class _Supervisor:
         self.record |= {"pid": os.getpid(), "started": psutil.Process().create_time()}
         write_json(self.place.serving, self.record)
         services.up(self.place, lambda title, what: log.info("%s: %s", title, what), served=True)
+        self._end_runner()  # what Prefect may still take for alive
         self._start_runner()
         path = log_of(self.place, RUNNER)
         while True:
@@ -178,21 +180,31 @@ class _Supervisor:
 
     def _start_runner(self) -> None:
         argv = [sys.executable, "-m", "flows.runner", "--workspace", str(self.place.root)]
-        code = str(Path(__file__).resolve().parent.parent)
+        code = str(Path(__file__).resolve().parent.parent)  # Prefect imports from the current folder first
         environment = {
             **os.environ,
             SERVED: str(self.place.root),
-            # The flows are those that a person runs with this command, and not the ones that the workspace has.
             "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH", "")])),
-            "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        self.runner = launch(argv, environment, self.place.root, log_of(self.place, RUNNER))
+        self.runner = launch(argv, environment, Path(code), log_of(self.place, RUNNER))
 
     def _end_runner(self) -> None:
+        """End the runner with all that it started, and tell Prefect which runs have ended with it."""
         services.end(self.runner, GRACE)
         stop_marked(SERVED, str(self.place.root))  # DVC and its stages lead sessions of their own
         self.runner = {}
+        if not work_pool(self.place):
+            with suppress(httpx.HTTPError):
+                self._close_runs()
+
+    def _close_runs(self) -> None:
+        """Call every run of the deployments crashed that Prefect takes for alive: only the runner has started any."""
+        under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+        ours = {"tags": {"all_": [TAG]}}
+        crashed = {"type": "CRASHED", "message": "`abnloop serve` or its runner ended while this run was under way"}
+        for run in services.ask_prefect(self.place, "flow_runs/filter", {"flow_runs": under_way, "deployments": ours}):
+            services.ask_prefect(self.place, f"flow_runs/{run['id']}/set_state", {"state": crashed, "force": True})
 
 
 def work_pool(place: Workspace) -> str:

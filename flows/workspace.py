@@ -244,6 +244,11 @@ class Workspace:
         return self.state / "serve.json"
 
     @property
+    def slot(self) -> Path:
+        """There while a training runs: the lease of its slot (flows/slots.py)."""
+        return self.state / "slot.json"
+
+    @property
     def logs(self) -> Path:
         return self.state / "logs"
 

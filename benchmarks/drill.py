@@ -551,7 +551,7 @@ def prefect_restarts_while_training(drill: Drill, wanted: Mapping[str, Any]) -> 
 
     def restart() -> None:
         records = read_json(drill.base.services)
-        services._end(records["prefect"])
+        services.end(records["prefect"])
         services.up(drill.base)
         records = read_json(place.services)
         write_json(place.services, {**records, "prefect": read_json(drill.base.services)["prefect"]})

@@ -158,14 +158,23 @@ def down(workspace: WorkspaceOption = Path()) -> None:
 
 @app.command()
 def status(workspace: WorkspaceOption = Path()) -> None:
-    """Show the services: whether they answer, and where.
+    """Show the services: whether they answer, where, what had to be started again, and when the flows run next.
 
     Example: `abnloop status --workspace leaves`
     """
-    from flows import services
+    from flows import services, supervisor
+    from flows.doctor import upcoming
     from flows.workspace import open_workspace
 
-    _print_states(services.status(open_workspace(workspace)))
+    place = open_workspace(workspace)
+    _print_states(services.status(place))
+    server = services.serving_process(place)
+    console.print(f"`abnloop serve` runs (pid {server.pid})" if server else "`abnloop serve` does not run")
+    for one in supervisor.restarts(place).values():
+        told = f"{one['title']} was started again {one['count']} times, last at {one['last']}; it {one['why']}"
+        console.print(f"[yellow]{escape(told)}[/]", soft_wrap=True)
+    for name, date in upcoming(place).items():
+        console.print(f"next {name}: {f'{date.astimezone():%Y-%m-%d %H:%M}' if date else 'not scheduled'}")
 
 
 @app.command()
@@ -174,10 +183,10 @@ def doctor(workspace: WorkspaceOption = Path()) -> None:
 
     Example: `abnloop doctor --workspace leaves`
     """
-    from flows import services
+    from flows.doctor import doctor as examine
     from flows.workspace import open_workspace
 
-    findings = services.doctor(open_workspace(workspace))
+    findings = examine(open_workspace(workspace))
     colours = {"broken": "red", "advice": "yellow"}
     table = Table("", "what", "remedy", show_lines=True)
     for finding in findings:
@@ -495,15 +504,27 @@ def withdraw(
 
 
 @app.command()
-def serve(workspace: WorkspaceOption = Path()) -> None:
+def serve(
+    workspace: WorkspaceOption = Path(),
+    systemd: Annotated[
+        bool, typer.Option("--systemd", help="Print a unit that does so from boot on, and end.")
+    ] = False,
+) -> None:
     """Run the loop on its schedule: retraining on a cron, collecting every few minutes (params.yaml, flows).
+
+    Services that are down are started, and started again whenever one ends. Ctrl-C or SIGTERM ends all that was
+    started, a training as well; its round goes on with the next `abnloop serve`.
 
     Example: `abnloop serve --workspace leaves`
     """
-    place = _connected(workspace)
-    from flows.serve import serve as run
+    from flows import supervisor
+    from flows.workspace import open_workspace
 
-    run(place)
+    place = open_workspace(workspace)
+    if systemd:
+        print(supervisor.systemd_unit(place), end="")
+    else:
+        supervisor.serve(place)
 
 
 @app.command()

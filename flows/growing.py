@@ -16,7 +16,7 @@ from abn.manifest import MANIFEST_COLUMNS
 from flows.answering import thumbnail
 from flows.inbox import Inbox, Kept, nearest, open_inbox
 from flows.ingest import Source, content_of, copy_picture, read_source
-from flows.rounds import Idle, held, state_of
+from flows.rounds import Idle, held, patience_of, state_of
 from flows.versions import Dvc, Git
 from flows.workspace import InUse, Workspace, open_workspace, read_table, write_table
 
@@ -36,10 +36,10 @@ class Ingested:
 
 @flow(name="ingest")
 def ingest_flow(workspace: str = ".") -> Ingested | Idle:
-    """`ingest` on a schedule; where another run holds the workspace, this one ends at once."""
+    """`ingest` on a schedule, after the run of `collect` that has the same cron; it does not wait for a training."""
     done: Ingested | Idle
     try:
-        done = ingest(open_workspace(workspace))
+        done = ingest(open_workspace(workspace), patience_of("ingest"))
         said = in_words(done)
     except InUse as in_use:
         done, said = Idle(str(in_use), in_use=True), str(in_use)
@@ -47,15 +47,15 @@ def ingest_flow(workspace: str = ".") -> Ingested | Idle:
     return Completed(message=said, data=done)  # type: ignore[return-value]  # Prefect takes out the data
 
 
-def ingest(place: Workspace) -> Ingested:
+def ingest(place: Workspace, patience: float = 0.0) -> Ingested:
     """Bring the inbox into the pool: samples without a label, in one commit of git and DVC.
 
     A round that is not closed yet stands on the data that it was trained on, and its tag must restore them; so the
     pictures wait until then. What shows the same as a sample on file, or nearly, is left out: it could be test data,
     from which nothing may learn. Killed anywhere, the next call begins anew. Raises ValueError where the manifest has
-    changes of somebody else's.
+    changes of somebody else's, and InUse where another process still holds the workspace after `patience` seconds.
     """
-    with held(place, "ingest"):
+    with held(place, "ingest", patience):
         inbox = open_inbox(place)
         kept, latest = inbox.pictures(), place.latest()
         if latest and state_of(place, latest) != "closed":

@@ -5,9 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import psutil
+
+
+def running_process(record: Mapping[str, Any]) -> psutil.Process | None:
+    """The process that a record names by `pid` and `started`, if it still runs.
+
+    Another one that got its number later does not count.
+    """
+    with suppress(psutil.NoSuchProcess, KeyError):
+        process = psutil.Process(record["pid"])
+        # The start time is reckoned from the clock, which may have been set a little since.
+        if abs(process.create_time() - record["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 def stop_group(leader: int, grace: float = 10.0) -> None:

@@ -22,7 +22,6 @@ from PIL import Image
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from prefect.states import Completed
 
@@ -72,6 +71,7 @@ from flows.preflight import check_committed, check_settings, state_of
 from flows.processes import stop_marked
 from flows.progress import StageLines, report
 from flows.services import addresses
+from flows.slots import training_slot
 from flows.stopping import StopConfig, reason_to_stop
 from flows.tracking import STAGES, Tracker
 from flows.versions import HOLDER, Dvc, Git, holder_mark, refuse_old_round
@@ -98,8 +98,6 @@ from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
 LEAST_GOLD = 10  # masks a split, if labelers are asked for any
-GPU = "abnloop-gpu"  # Prefect's limit of trainings at once
-LEASE = 60.0  # seconds after which a dead run's slot is free
 network_step = task(retries=3, retry_delay_seconds=[2, 10, 30], cache_policy=NO_CACHE, persist_result=False)
 science_step = task(cache_policy=NO_CACHE, persist_result=False)
 
@@ -248,7 +246,7 @@ def _alone(command: str, workspace: str, work: Callable[[Workspace], Result | Id
     """
     place = open_workspace(workspace)
     try:
-        with held(place, command) as left_behind:
+        with held(place, command, patience_of(command)) as left_behind:
             if left_behind:
                 get_run_logger().warning("%s was killed; its work goes on", left_behind)
             result = work(place)
@@ -258,15 +256,26 @@ def _alone(command: str, workspace: str, work: Callable[[Workspace], Result | Id
     return Completed(message=str(result), data=result)  # type: ignore[return-value]  # Prefect takes out the data
 
 
+def patience_of(command: str) -> float:
+    """Seconds that a run waits for another one to end: none where a person started it, who is told at once.
+
+    Scheduled runs may start in the same minute. The next collect comes in minutes, the next retrain tomorrow.
+    """
+    run = FlowRunContext.get()
+    if run is None or run.flow_run is None or run.flow_run.deployment_id is None:
+        return 0.0
+    return 600.0 if command == "round open" else 30.0
+
+
 @contextmanager
-def held(place: Workspace, command: str) -> Iterator[str]:
+def held(place: Workspace, command: str, patience: float = 0.0) -> Iterator[str]:
     """The workspace for `command` alone, freed of what a run that was killed still held; gives that run's signature.
 
-    MLflow then says of the round that it was gone on with. Raises InUse, and ValueError while an old round is checked
-    out.
+    MLflow then says of the round that it was gone on with. Raises InUse where another process still holds it after
+    `patience` seconds, and ValueError while an old round is checked out.
     """
     refuse_old_round(place.root)
-    with place.lock(command, frees=True) as left_behind:
+    with place.lock(command, frees=True, patience=patience) as left_behind:
         if left_behind:
             if pid := re.search(r"\(pid (\d+) ", left_behind):
                 stop_marked(HOLDER, holder_mark(int(pid[1]), place.root))  # such as a training that lost its reader
@@ -373,8 +382,7 @@ def reproduce(place: Workspace, round_: Round) -> None:
         if stages.stage == watched and line.startswith("epoch "):
             tracker.follow(runs["train"], curve)
 
-    # The slot is a lease that is renewed as long as this process lives; a server that is away does not end a training.
-    with concurrency(GPU, occupy=1, lease_duration=LEASE, strict=False):
+    with training_slot(place):
         Dvc(place.root).repro(on_line)
     tracker.follow(runs["train"], curve)
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import prefect
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger, EventTrigger, Posture
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.runner import Runner
 from prefect.utilities.templating import apply_values
 
 from abn.config import load_section
 from flows.hints import resource
-from flows.rounds import GPU
+from flows.slots import FlowsConfig, set_limit
+from flows.supervisor import READY, TAG
 from flows.workspace import Workspace, open_workspace
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -33,33 +41,36 @@ SILENCE = timedelta(minutes=10)  # a run that says nothing for so long is dead; 
 FREES_DEAD_RUNS = "abnloop: runs without a heartbeat have crashed"
 
 
-@dataclass(frozen=True)
-class FlowsConfig:
-    retrain_cron: str
-    collect_cron: str  # of taking in captured pictures, too
-    work_pool: str
-    gpu_concurrency: int
-
-    def __post_init__(self) -> None:
-        for name in ("retrain_cron", "collect_cron"):
-            try:
-                CronSchedule(cron=getattr(self, name))
-            except ValueError:
-                value, order = getattr(self, name), "minute, hour, day, month, weekday"
-                raise ValueError(f"flows.{name} is {value!r}; write {order}, such as '0 2 * * *'") from None
-        if self.gpu_concurrency < 1:
-            raise ValueError(f"flows.gpu_concurrency is {self.gpu_concurrency}; it must be at least 1")
-
-
 def serve(place: Workspace) -> None:
     """Make the deployments of prefect.yaml and, without a work pool, run them here until interrupted.
 
-    With `flows.work_pool` the pool's workers run them. Raises ValueError for a pool that does not exist.
+    A round whose opening was interrupted goes on at once, rather than at the next date of its cron. With
+    `flows.work_pool` the pool's workers run the flows. Raises ValueError for a pool that does not exist.
     """
     pool = load_section(FlowsConfig, place.params, "flows").work_pool
     if pool == "none":
-        prefect.serve(*deployments(place))
+        runner = Runner(name="abnloop")
+        for one in deployments(place):
+            runner.add_deployment(one)
+        _go_on(place)
+        print(READY, flush=True)
+        with suppress(KeyboardInterrupt, TerminationSignal):
+            asyncio.run(runner.start())
         return
+    _deploy(place, pool)
+    _go_on(place)
+    print(READY, flush=True)
+
+
+def _go_on(place: Workspace) -> None:
+    """Start a run of `retrain` now where a round was interrupted while it opened."""
+    latest = place.latest()
+    if latest and latest.is_opening:
+        run_deployment("open-round/retrain", timeout=0)
+
+
+def _deploy(place: Workspace, pool: str) -> None:
+    """Make the deployments for the workers of a pool, as `prefect deploy --all` does."""
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(pool)
@@ -85,20 +96,42 @@ def deployments(place: Workspace) -> list[RunnerDeployment]:
 def prepare(workspace: str | Path = ".") -> dict[str, Any]:
     """The build step of prefect.yaml: what its placeholders mean.
 
-    It also makes what runs need on the server: the limit of trainings at once, whose slots are leases that a dead run
-    loses after a minute, and the automation that calls a run crashed when its heart stops.
+    It also makes what runs need on the server, the limit of trainings at once and the automation that calls a run
+    crashed when its heart stops, and drops the runs that were missed while nobody served.
     """
     place = open_workspace(workspace)
     config = load_section(FlowsConfig, place.params, "flows")
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(GPU, config.gpu_concurrency)
+    set_limit(place)
     _free_dead_runs()
+    drop_missed_runs()
     return {
         "workspace": str(place.root),
         "resource": resource(place),
         "retrain_cron": config.retrain_cron,
         "collect_cron": config.collect_cron,
     }
+
+
+def drop_missed_runs() -> int:
+    """Delete the scheduled runs whose time has passed, but the latest of each deployment; how many there were.
+
+    Without this, the runs of a weekend on which the machine was off would all start at once.
+    """
+    now, missed = datetime.now(UTC), list[FlowRun]()
+    waiting = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+    with get_client(sync_client=True) as client:
+        ours = {one.id for one in client.read_deployments() if TAG in one.tags}
+        order = FlowRunSort.EXPECTED_START_TIME_ASC
+        while page := client.read_flow_runs(flow_run_filter=waiting, sort=order, limit=200, offset=len(missed)):
+            missed += [run for run in page if run.expected_start_time and run.expected_start_time < now]
+            if missed[-1:] != page[-1:]:
+                break  # the others are to come
+        cron = [run for run in missed if run.auto_scheduled and run.deployment_id in ours]
+        latest = {run.deployment_id: run.id for run in cron}
+        dropped = [run.id for run in cron if run.id != latest[run.deployment_id]]
+        for run_id in dropped:
+            client.delete_flow_run(run_id)
+    return len(dropped)
 
 
 def _deployment(spec: dict[str, Any]) -> RunnerDeployment:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
@@ -21,8 +20,7 @@ import httpx
 import psutil
 
 from abn.config import load_section, read_params
-from flows.processes import stop_group
-from flows.versions import Dvc, Git
+from flows.processes import running_process, stop_group
 from flows.workspace import Workspace, read_json, write_json
 from labeling.studio import DEFAULT_COMMAND, prepare_data_dir, studio_command
 
@@ -95,79 +93,85 @@ class State:
     log: Path | None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What doctor found: `broken` stops the loop, `advice` does not."""
+def up(
+    workspace: Workspace,
+    on_change: OnChange | None = None,
+    patience: float = 180.0,
+    only: Sequence[str] | None = None,
+    served: bool = False,
+) -> list[State]:
+    """Start every service that is not up, all of them or `only` those, side by side, and wait until they answer.
 
-    level: Literal["broken", "advice"]
-    what: str
-    remedy: str
-
-
-def up(workspace: Workspace, on_change: OnChange | None = None, patience: float = 180.0) -> list[State]:
-    """Start every service that is not up, side by side, and wait until all of them answer.
-
-    Fine when they are up already. Raises ValueError for a port that is taken, or with the last lines of its log for a
-    service that ends or does not answer within `patience` seconds; those started here are then ended again.
+    Fine when they are up already. `served`: by `abnloop serve`, with which those started here end. Raises ValueError
+    for a port that is taken, or with the last lines of its log for a service that ends or does not answer within
+    `patience` seconds; those started here are then ended again.
     """
     tell = on_change or (lambda title, what: None)
     with workspace.lock("up", "services.lock"), ExitStack() as undo:
         records = read_json(workspace.services)
-        wanted = _wanted(workspace)
-        missing = [name for name in wanted if not _leader(records.get(name, {}))]
+        wanted = [name for name in embedded(workspace) if only is None or name in only]
+        missing = [name for name in wanted if not running_process(records.get(name, {}))]
         for name in missing:
-            _end(records.get(name, {}))  # what a leader that died has left behind
+            end(records.get(name, {}))  # what a leader that died has left behind
         ports = _free_ports(load_section(Services, workspace.params, "services"), records, missing)
         began = time.monotonic()
         # Label Studio last: the copy of its database is made while the others start.
         for name in sorted(missing, key=lambda name: name == "label_studio"):
             tell(TITLES[name], "starting")
-            records[name] = _start(workspace, name, ports[name])
-            undo.callback(_end, records[name])
+            records[name] = {**_start(workspace, name, ports[name]), "served": served}
+            undo.callback(end, records[name])
             write_json(workspace.services, records)  # at once, so that `down` finds it whatever happens here
         waiting = list(wanted)
         while waiting:
             for name in list(waiting):
-                if _answers(records[name]["url"] + HEALTH[name]):
+                if answers(records[name]["url"] + HEALTH[name]):
                     tell(
                         TITLES[name], f"up after {time.monotonic() - began:.1f} s" if name in missing else "up already"
                     )
                     waiting.remove(name)
-                elif not _leader(records[name]):
-                    raise ValueError(f"{TITLES[name]} ended while it started: {_last_words(workspace, name)}")
+                elif not running_process(records[name]):
+                    raise ValueError(f"{TITLES[name]} ended while it started: {tail_log(log_of(workspace, name))}")
                 elif time.monotonic() - began > patience:
                     raise ValueError(
-                        f"{TITLES[name]} does not answer after {patience:.0f} s: {_last_words(workspace, name)}"
+                        f"{TITLES[name]} does not answer after {patience:.0f} s: {tail_log(log_of(workspace, name))}"
                     )
             time.sleep(0.1 if waiting else 0)
         undo.pop_all()
     return status(workspace)
 
 
-def down(workspace: Workspace, on_change: OnChange | None = None) -> None:
-    """End every service with all its processes; fine when there is none. Addresses are kept for the next time."""
+def down(workspace: Workspace, on_change: OnChange | None = None, served_only: bool = False) -> None:
+    """End every service with all its processes; fine when there is none. Addresses are kept for the next time.
+
+    `served_only`: those that `abnloop serve` has started. Raises ValueError while that runs in another process, which
+    would start them again.
+    """
     tell = on_change or (lambda title, what: None)
+    server = serving_process(workspace)
+    if server and server.pid != os.getpid():
+        raise ValueError(f"`abnloop serve` (pid {server.pid}) keeps the services up; end it first: kill {server.pid}")
     with workspace.lock("down", "services.lock"):
         records = read_json(workspace.services)
+        ending = [name for name in records if name in TITLES and (records[name].get("served") or not served_only)]
 
-        def end(name: str) -> None:
-            tell(TITLES[name], "ended" if _end(records[name]) else "was down")
+        def end_one(name: str) -> None:
+            tell(TITLES[name], "ended" if end(records[name]) else "was down")
 
         with ThreadPoolExecutor(len(TITLES)) as pool:
-            list(pool.map(end, [name for name in records if name in TITLES]))
-        for record in records.values():
-            record.pop("pid", None)
-            record.pop("started", None)
+            list(pool.map(end_one, ending))
+        for name in ending:
+            for key in ("pid", "started", "served"):
+                records[name].pop(key, None)
         write_json(workspace.services, records)
 
 
 def status(workspace: Workspace) -> list[State]:
     """Every service as it is now."""
-    records, wanted, states = read_json(workspace.services), _wanted(workspace), []
+    records, wanted, states = read_json(workspace.services), embedded(workspace), []
     for name, title in TITLES.items():
         record = records.get(name, {})
-        process = _leader(record)
-        answers = process is not None and _answers(record["url"] + HEALTH[name])
+        process = running_process(record)
+        well = process is not None and answers(record["url"] + HEALTH[name])
         if name not in wanted:
             states.append(State(name, title, "external", _external_url(workspace, name), None, None))
         else:
@@ -175,26 +179,52 @@ def status(workspace: Workspace) -> list[State]:
                 State(
                     name,
                     title,
-                    "up" if answers else "not answering" if process else "down",
+                    "up" if well else "not answering" if process else "down",
                     record.get("url", ""),
                     process.pid if process else None,
-                    _log(workspace, name),
+                    log_of(workspace, name),
                 )
             )
     return states
 
 
+def embedded(workspace: Workspace) -> list[str]:
+    """The services that are ours to start."""
+    return [name for name in TITLES if not _external_url(workspace, name)]
+
+
+def serving_process(workspace: Workspace) -> psutil.Process | None:
+    """The process of `abnloop serve` in this workspace, if it runs."""
+    return running_process(read_json(workspace.serving))
+
+
+def address_of(workspace: Workspace, name: str) -> str:
+    """Where a service is, whether or not it runs; empty where that is not known yet."""
+    return _external_url(workspace, name) or str(read_json(workspace.services).get(name, {}).get("url", ""))
+
+
 def addresses(workspace: Workspace) -> Addresses:
     """Where the services are. Raises ConnectionError where one of them does not run."""
-    records, wanted = read_json(workspace.services), _wanted(workspace)
+    records, wanted = read_json(workspace.services), embedded(workspace)
     for name in wanted:
-        if not _leader(records.get(name, {})):
+        if not running_process(records.get(name, {})):
             raise ConnectionError(f"{TITLES[name]} is down; start it with `abnloop up`")
     url, token = label_studio_access(workspace)
     prefect, mlflow, live = (
         _external_url(workspace, name) or records[name]["url"] for name in ("prefect", "mlflow", "live")
     )
     return Addresses(url, token, prefect + "/api", mlflow, live, live_secret(workspace))
+
+
+def ask_prefect(workspace: Workspace, path: str, body: Mapping[str, Any]) -> Any:
+    """What Prefect's API answers to a POST. Raises httpx.HTTPError where it does not, or refuses.
+
+    For what does not import Prefect, which takes seconds.
+    """
+    url = f"{address_of(workspace, 'prefect')}/api/{path}"
+    answer = httpx.post(url, json=body, timeout=10, trust_env=False)
+    answer.raise_for_status()
+    return answer.json()
 
 
 def connect(workspace: Workspace) -> None:
@@ -249,34 +279,27 @@ def log_in(workspace: Workspace) -> tuple[str, str]:
     return EMAIL, _secrets(workspace)["password"]
 
 
-def doctor(workspace: Workspace) -> list[Finding]:
-    """What is wrong with the workspace, or soon will be, each with its remedy; the worst first."""
-    checks: list[Callable[[Workspace], list[Finding]]]
-    checks = [_check_params, _check_services, _check_token, _check_loopback, _check_git, _check_dvc, _check_disk]
-    findings = []
-    for check in checks:
-        try:
-            findings += check(workspace)
-        except (ValueError, OSError) as error:
-            findings.append(Finding("broken", str(error), "see the message"))
-    unique = list(dict.fromkeys(findings))  # a broken params.yaml fails several checks
-    return sorted(unique, key=lambda finding: finding.level != "broken")
-
-
 # --- starting and ending
 
 
 def _start(workspace: Workspace, name: str, port: int) -> dict[str, Any]:
     """Start one service in a session of its own; its record."""
     argv, env, url = _commands(workspace, name, port)
-    log = _log(workspace, name)
+    return {"port": port, "url": url, **launch(argv, env, workspace.root, log_of(workspace, name))}
+
+
+def launch(argv: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> dict[str, Any]:
+    """Start a process in a session of its own, its output in `log`; a record with its `pid` and when it `started`.
+
+    What the log held is kept beside it, as NAME.before.log: it may say why the process ended that is started again.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists():  # it may say why the service died that is now started again
+    if log.exists():
         log.replace(log.with_suffix(".before.log"))
     with log.open("wb") as file:
         child = subprocess.Popen(
             argv,
-            cwd=workspace.root,
+            cwd=folder,
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -284,7 +307,7 @@ def _start(workspace: Workspace, name: str, port: int) -> dict[str, Any]:
             start_new_session=True,
         )
     _children[child.pid] = child
-    return {"port": port, "url": url, "pid": child.pid, "started": psutil.Process(child.pid).create_time()}
+    return {"pid": child.pid, "started": psutil.Process(child.pid).create_time()}
 
 
 def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str], dict[str, str], str]:
@@ -308,6 +331,7 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # doctor tells when it complained last
             # On disk, so that a restarted server still knows whose slots it has to free.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }
@@ -342,11 +366,11 @@ def _free_ports(section: Services, records: dict[str, Any], names: Sequence[str]
             before = records.get(name, {}).get("port", 0)
             for port in [fixed] if fixed else dict.fromkeys([before, 0]):
                 try:
-                    ports[name] = held.enter_context(_listen(port)).getsockname()[1]
+                    ports[name] = held.enter_context(listen(port)).getsockname()[1]
                 except OSError as error:
                     if fixed:
                         raise ValueError(
-                            f"port {fixed} of {TITLES[name]} is taken{_taker(fixed)}; end what uses it, "
+                            f"port {fixed} of {TITLES[name]} is taken{taker(fixed)}; end what uses it, "
                             f"or set services.{name}_port in params.yaml to another port, or to 0 for any free one"
                         ) from error
                 else:
@@ -354,7 +378,7 @@ def _free_ports(section: Services, records: dict[str, Any], names: Sequence[str]
     return ports
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
     """Take `port`, 0 for any free one. Raises OSError where it is taken."""
     taken = socket.socket()
     try:
@@ -366,7 +390,7 @@ def _listen(port: int) -> socket.socket:
     return taken
 
 
-def _taker(port: int) -> str:
+def taker(port: int) -> str:
     """Who listens on `port`, as far as this user may know."""
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
@@ -376,24 +400,15 @@ def _taker(port: int) -> str:
     return ""
 
 
-def _leader(record: dict[str, Any]) -> psutil.Process | None:
-    """The process that the record names, if it still runs. Another one that got its number later does not count."""
-    with suppress(psutil.NoSuchProcess, KeyError):
-        process = psutil.Process(record["pid"])
-        # The start time is reckoned from the clock, which may have been set a little since.
-        if abs(process.create_time() - record["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
-
-
-def _end(record: dict[str, Any]) -> bool:
-    """End the service that the record names with all its processes; whether there was any."""
+def end(record: Mapping[str, Any], grace: float = 10.0) -> bool:
+    """End the service that the record names with all its processes, by force after `grace` seconds; whether there was
+    any."""
     pid = record.get("pid")
     if not pid:
         return False
-    running = _leader(record) is not None or _left_behind(pid)
+    running = running_process(record) is not None or _left_behind(pid)
     if running:
-        stop_group(pid)
+        stop_group(pid, grace)
     child = _children.pop(pid, None)
     if child:
         child.wait()
@@ -411,27 +426,23 @@ def _left_behind(group: int) -> bool:
     return False
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a service answers at its health address within 5 seconds."""
     with suppress(httpx.HTTPError):
         return httpx.get(url, timeout=5, trust_env=False, follow_redirects=True).is_success
     return False
 
 
-def _log(workspace: Workspace, name: str) -> Path:
+def log_of(workspace: Workspace, name: str) -> Path:
+    """The log of a service."""
     return workspace.logs / f"{name.replace('_', '-')}.log"
 
 
-def _last_words(workspace: Workspace, name: str) -> str:
+def tail_log(log: Path) -> str:
     """The last lines of a log in one, and where the whole log is."""
-    log = _log(workspace, name)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace")).split("\n") if log.exists() else []
     said = [line.strip() for line in lines if line.strip()][-5:]
     return f"{' | '.join(said) or 'it said nothing'} (the whole log: {log})"
-
-
-def _wanted(workspace: Workspace) -> list[str]:
-    """The services that are ours to start."""
-    return [name for name in TITLES if not _external_url(workspace, name)]
 
 
 def _external_url(workspace: Workspace, name: str) -> str:
@@ -449,119 +460,3 @@ def _secrets(workspace: Workspace) -> dict[str, str]:
         known = made | known
         write_json(workspace.secrets, known, mode=0o600)
     return known
-
-
-# --- what doctor looks at, one thing a function
-
-
-def _check_params(workspace: Workspace) -> list[Finding]:
-    load_section(Services, workspace.params, "services")
-    return []
-
-
-def _check_services(workspace: Workspace) -> list[Finding]:
-    findings = []
-    section = load_section(Services, workspace.params, "services")
-    for state in status(workspace):
-        if state.state == "not answering":
-            findings.append(
-                Finding(
-                    "broken", f"{state.title} runs but does not answer", f"look at {state.log}, then `abnloop down`"
-                )
-            )
-        if state.state == "down":
-            port = getattr(section, f"{state.name}_port")
-            try:
-                _listen(port).close()
-                findings.append(Finding("advice", f"{state.title} is down", "`abnloop up` starts it"))
-            except OSError:
-                findings.append(
-                    Finding(
-                        "broken",
-                        f"port {port} of {state.title} is taken{_taker(port)}",
-                        f"end what uses it, or set services.{state.name}_port in params.yaml to 0",
-                    )
-                )
-            if state.name == "label_studio":
-                label_studio_executable()
-    return findings
-
-
-def _check_token(workspace: Workspace) -> list[Finding]:
-    from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
-
-    label_studio = status(workspace)[0]
-    if label_studio.state not in ("up", "external"):
-        return []  # told already
-    unreachable = "check labeling.url in params.yaml, and that the server is up"
-    if not _answers(label_studio.address + HEALTH["label_studio"]):  # asked once; the client would try for long
-        return [Finding("broken", f"Label Studio at {label_studio.address} does not answer", unreachable)]
-    try:
-        LabelStudio(*label_studio_access(workspace)).check()
-    except LabelStudioUnreachable as error:
-        return [Finding("broken", str(error), unreachable)]
-    except TokenRefused as error:
-        return [Finding("broken", str(error), f"set {TOKEN_VARIABLE} to an access token made in Label Studio")]
-    return []
-
-
-def _check_loopback(workspace: Workspace) -> list[Finding]:
-    """Label Studio refuses to call addresses of its own machine unless told: no live answers, no webhooks."""
-    label_studio = status(workspace)[0]
-    needed = ("ML_BLOCK_LOCAL_IP", "SSRF_PROTECTION_ENABLED")
-    remedy = f"start it with {' and '.join(f'{name}=false' for name in needed)}"
-    if label_studio.state == "external":
-        return [Finding("advice", "an external Label Studio may refuse to call this machine's own service", remedy)]
-    if label_studio.pid is None:
-        return []
-    environment = psutil.Process(label_studio.pid).environ()
-    blocked = [name for name in needed if environment.get(f"LABEL_STUDIO_{name}", environment.get(name)) != "false"]
-    return [Finding("broken", f"Label Studio blocks loopback ({', '.join(blocked)})", remedy)] if blocked else []
-
-
-def _check_git(workspace: Workspace) -> list[Finding]:
-    git, findings = Git(workspace.root), []
-    latest = workspace.latest()
-    changed = [] if latest and latest.is_opening else git.changed_paths()  # it writes here, as it should
-    if changed:
-        more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        findings.append(Finding("broken", f"the git tree is dirty ({changed[0]}{more})", "commit it, or undo it"))
-    if not (git.configured("user.name") and git.configured("user.email")):
-        findings.append(
-            Finding(
-                "advice",
-                "git does not know who you are; commits are signed abnloop",
-                "git config --global user.name NAME, and user.email",
-            )
-        )
-    return findings
-
-
-def _check_dvc(workspace: Workspace) -> list[Finding]:
-    dvc, findings = Dvc(workspace.root, patience=5), []
-    missing = dvc.missing()
-    if missing:
-        findings.append(Finding("broken", f"the DVC cache lacks {', '.join(missing)}", "`dvc pull` fetches it"))
-    if late := read_json(workspace.unpushed):
-        why = f": {late['why']}" if "why" in late else ""
-        findings.append(
-            Finding("advice", f"the DVC remote lacks data since {late['since']}{why}", "`dvc push` copies it")
-        )
-    if not dvc.remote():
-        findings.append(
-            Finding(
-                "advice",
-                "DVC has no remote: the data are on this machine alone",
-                "`dvc remote add --default NAME URL`, then `dvc push`",
-            )
-        )
-    return findings
-
-
-def _check_disk(workspace: Workspace) -> list[Finding]:
-    free = shutil.disk_usage(workspace.root).free / 2**30
-    if free < 5:
-        level: Literal["broken", "advice"] = "broken" if free < 1 else "advice"
-        remedy = "make room; `dvc gc --workspace --all-tags` drops the data that no round needs"
-        return [Finding(level, f"{free:.1f} GiB of disk are left", remedy)]
-    return []

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -256,6 +256,16 @@ class Workspace:
         return self.state / "services.json"
 
     @property
+    def serving(self) -> Path:
+        """There while `abnloop serve` runs: its process, and which services it had to start again."""
+        return self.state / "serve.json"
+
+    @property
+    def slot(self) -> Path:
+        """There while a training runs: the lease of its slot (flows/slots.py)."""
+        return self.state / "slot.json"
+
+    @property
     def logs(self) -> Path:
         return self.state / "logs"
 
@@ -297,23 +307,26 @@ class Workspace:
         return rounds[-1] if rounds else None
 
     @contextmanager
-    def lock(self, command: str, name: str = "lock", frees: bool = False) -> Iterator[str]:
+    def lock(self, command: str, name: str = "lock", frees: bool = False, patience: float = 0.0) -> Iterator[str]:
         """Hold the workspace for `command`; one process at a time.
 
-        `name` tells apart what is held: "lock" the rounds, "services.lock" the services, which a round may start.
-        Raises InUse. The kernel releases the lock when the holder ends, however it ends; only one that was killed
-        leaves its signature behind. The next holder gets it (else an empty text), and leaves it for the one after
-        unless it `frees` what the killed one held.
+        `name` tells apart what is held: "lock" the rounds, "services.lock" the services, which a round may start,
+        "serve.lock" the schedule. Raises InUse where another process still holds it after `patience` seconds. The
+        kernel releases the lock when the holder ends, however it ends; only one that was killed leaves its signature
+        behind. The next holder gets it (else an empty text), and leaves it for the one after unless it `frees` what
+        the killed one held.
         """
         self.state.mkdir(exist_ok=True)
+        deadline = time.monotonic() + patience
         with (self.state / name).open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            while not _locked(file):
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
                 # The holder may be between taking the lock and signing it.
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise InUse(f"{self.root} is in use by {holder}; wait until it ends, or end that process") from None
+                raise InUse(f"{self.root} is in use by {holder}; wait until it ends, or end that process")
             file.seek(0)
             left_behind = file.read().strip()
             since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -325,6 +338,15 @@ class Workspace:
             finally:
                 file.truncate(0)
                 file.write("" if frees else left_behind)
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock `file` for this process, unless another one has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def open_workspace(root: str | Path) -> Workspace:

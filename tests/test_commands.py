@@ -92,7 +92,7 @@ def test_a_folder_that_is_no_workspace_is_named(refusal: Refuse, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "command", ["round open", "round collect", "round reconcile", "labelers invite a@b.example", "simulate", "serve"]
+    "command", ["round open", "round collect", "round reconcile", "labelers invite a@b.example", "simulate"]
 )
 def test_services_that_are_down_are_named_with_the_remedy(refusal: Refuse, workspace: Path, command: str) -> None:
     said = refusal(*command.split(), "--workspace", str(workspace), watch=workspace)

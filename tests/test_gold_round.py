@@ -206,9 +206,8 @@ def test_mlflow_and_the_summary_tell_the_verdict_and_the_gold(place: Workspace, 
     assert run.data.metrics["gold.val"] == WANTED
     assert (run.data.metrics["evaluation.labels_changed"], run.data.metrics["evaluation.left_out"]) == (0, 0)
     version = tracker.client.get_model_version(tracker.name, "2")
-    assert (
-        version.tags["abnloop.decision"] == decision and "gold masks of val: admin@example.com" in str(version.description)
-    )
+    assert version.tags["abnloop.decision"] == decision
+    assert f"Judged by {WANTED} gold masks of val: admin@example.com ({WANTED})." in str(version.description)
     assert [one["verdict"] for one in summarise(place)] == ["promoted", decision]
 
 

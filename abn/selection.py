@@ -351,6 +351,8 @@ def gold_questions(
         rows = np.flatnonzero((splits == split) & (labels >= 0))
         generator = np.random.default_rng([config.seed, 2, number])
         asked = rows[gold_order(labels[rows], has_mask[rows], generator)[: config.budget]]
+        if not len(asked):
+            continue
         everyone = _Candidates(predictions, labels, asked.tolist(), told, config.seed)
         pool, place = everyone[np.arange(len(everyone))], {row: i for i, row in enumerate(everyone.rows.tolist())}
         for row in asked.tolist():

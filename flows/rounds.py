@@ -317,6 +317,7 @@ def check_before_opening(place: Workspace) -> bool:
     config = load_section(SelectionConfig, place.params, "selection")
     samples, answered = read_manifest(place.root), read_corrections(place.root)
     class_names(samples)
+    check_evaluation(samples)
     pool = len(_unanswered(samples, answered))
     if config.budget > pool and not answered:
         raise ValueError(
@@ -331,6 +332,16 @@ def check_before_opening(place: Workspace) -> bool:
     label_studio(place).check()
     tracker_of(place).claim(_identity(place))
     return True
+
+
+def check_evaluation(samples: Sequence[Sample]) -> None:
+    """Raises ValueError where a model could not be judged or measured: val or test has no samples."""
+    for split in EVALUATION:
+        if not any(one.split == split for one in samples):
+            raise ValueError(
+                f"split {split} has no images in data/manifest.csv that count; give it some, or withdraw what labelers "
+                "said of them (`abnloop withdraw`): models are judged by val and measured on test"
+            )
 
 
 @science_step
@@ -432,7 +443,7 @@ def _judged(place: Workspace, round_: Round, model: str, champion: Mapping[str, 
     models' answers."""
     known = gold_masks(place)
     judgement, rows = Judgement("promoted", "the first model"), []
-    if champion and champion["md5"] == model:
+    if champion and champion.get("md5") == model:
         judgement = Judgement("refused", "it is the champion itself: nothing was learned since")
     elif champion:
         compared = compare(place.root, place.champion, place.model)

@@ -23,6 +23,7 @@ from abn.manifest import (
 )
 from abn.stage import CONTROL, ROUND
 from flows import rounds
+from flows.gate import Comparison, View
 from flows.gold import (
     GOLD,
     LEARN,
@@ -34,12 +35,13 @@ from flows.gold import (
     mixed_batch,
     split_answers,
 )
+from flows.versions import Dvc
 from flows.withdrawals import withdraw
-from flows.workspace import Workspace, write_atomically, write_json
+from flows.workspace import Round, Workspace, write_atomically, write_json
 from labeling.corrections import Consensus, Correction, settle
 from labeling.tasks import mask_result, verdict_results
 from test_lineage import ANNA, BEN, history, place  # noqa: F401 - fixtures
-from test_round_steps import a_task, an_annotation, ask
+from test_round_steps import _no_flow, a_task, an_annotation, ask  # noqa: F401 - a fixture
 from tiny import SHARD, correction, make_workspace, square, write_csv
 
 MISSING = {"val": 60, "test": 60}
@@ -296,3 +298,93 @@ def test_settings_that_can_tell_nothing_are_refused(name: str, value: float, rem
     values = {"url": "embedded", "tool": "bitmask", "deadline_hours": 72, "minimum": 1, name: value}
     with pytest.raises(ValueError, match=rf"^labeling\.{name} is {value}; .*{remedy}"):
         make_section(rounds.LabelingConfig, values, "labeling")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_workspace_without_val_or_test_is_told_before_it_trains(root: Path, split: str) -> None:
+    samples = [one for one in read_manifest(root) if one.split != split]
+    with pytest.raises(ValueError, match=f"^split {split} has no images"):
+        rounds.check_evaluation(samples)
+    rounds.check_evaluation(read_manifest(root))
+
+
+def test_a_wish_for_more_gold_than_a_split_has_asks_for_all_of_it(root: Path) -> None:
+    assert missing_gold(Workspace(root), 60) == {"val": 3, "test": 3}  # of four each, one is painted
+    assert missing_gold(Workspace(root), 0) == {"val": 0, "test": 0}
+
+
+def wait_for_gold(place: Workspace, monkeypatch: pytest.MonkeyPatch, *names: str) -> Round:  # noqa: F811
+    """Round 3 made a model that is right for the right reason; the gate was undecided by the gold of `names`."""
+    monkeypatch.setattr(Dvc, "hashes", lambda self: {"results/model.pt": "1" * 32})
+    monkeypatch.setattr(rounds, "compare", lambda root, champion, challenger: compared(place))
+    place.results.mkdir(exist_ok=True)
+    place.model.write_text("the model")
+    np.savez(place.gold)
+    paint(place, *names)
+    round_ = place.round(3)
+    state = round_.read()
+    known = {"gold": gold_masks(place), "gold_painted": gold_statements(place, "val")}
+    verdict = {**state["verdict"], "decision": "undecided", "reason": "too little", "model": "1" * 32, **known}
+    round_.write({**state, "decision": "undecided", "decided": verdict["decided"], "verdict": verdict})
+    return round_
+
+
+def paint(place: Workspace, *names: str) -> None:  # noqa: F811
+    masks = {name: square(number) for number, name in enumerate(names)}
+    (place.root / SHARD).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(place.root / SHARD, allow_pickle=False, **masks)
+    rows = [
+        gold_row(name, masks=SHARD, sha256=mask_sha256(mask), annotation=str(70 + number))
+        for number, (name, mask) in enumerate(masks.items())
+    ]
+    write_csv(place.gold_table, CORRECTION_COLUMNS, rows)
+
+
+def compared(place: Workspace) -> Comparison:  # noqa: F811
+    """A champion that is right as the pictures are and wrong with swapped background; a challenger that always is."""
+    samples, shards = [one for one in read_manifest(place.root) if one.split == "val"], MaskShards(place.root)
+    gold = np.array([1.0 if shards.has_gold(one) else np.nan for one in samples])
+    right = [one.label for one in samples]
+    elsewhere = [label if np.isnan(known) else "else" for label, known in zip(right, gold, strict=True)]
+    maps = np.zeros((len(samples), 2, 2))
+    return Comparison(samples, View(right, elsewhere, gold, gold, maps), View(right, right, gold, 0 * gold, maps))
+
+
+def test_an_undecided_model_is_judged_again_when_its_gold_is_there(
+    place: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    round_ = wait_for_gold(place, monkeypatch, "val0")
+    before = round_.read()
+    rounds.weigh_again.fn(place, round_)
+    assert round_.read() == before, "nothing is judged again by the same gold"
+    paint(place, "val0", "val1", "val2", "val3")
+    rounds.weigh_again.fn(place, round_)
+    verdict = round_.read()["verdict"]
+    assert (verdict["decision"], verdict["gold"]["val"]) == ("promoted", 4), "of four pictures in val all are gold"
+    assert [(one["decision"], one["gold"]["val"]) for one in verdict["earlier"]] == [("undecided", 1)]
+    assert (verdict["model"], verdict["parent"]) == (before["verdict"]["model"], before["verdict"]["parent"])
+
+
+def test_a_gold_mask_that_is_withdrawn_while_the_gate_waits_is_missed(
+    place: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    round_ = wait_for_gold(place, monkeypatch, "val0", "val1")
+    withdraw(place, {"annotation": "70"}, "a shadow")
+    rounds.weigh_again.fn(place, round_)
+    verdict = round_.read()["verdict"]
+    assert (verdict["decision"], verdict["gold"]["val"]) == ("undecided", 1)
+    assert verdict["missing_gold"] == 3 and "3 more gold masks" in verdict["reason"]
+
+
+def test_a_model_that_is_no_longer_there_is_not_judged_again(
+    place: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    round_ = wait_for_gold(place, monkeypatch, "val0")
+    paint(place, "val0", "val1", "val2", "val3")
+    monkeypatch.setattr(Dvc, "hashes", lambda self: {"results/model.pt": "2" * 32})
+    before = round_.read()
+    rounds.weigh_again.fn(place, round_)
+    assert round_.read() == before

@@ -12,7 +12,18 @@ import pytest
 from abn import selection
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, read_corrections
 from abn.predictions import Answers, Predictions, Shards, write_shard
-from abn.selection import STRATEGIES, Pick, SelectionConfig, Told, main, read_told, select, told_by
+from abn.selection import (
+    STRATEGIES,
+    GoldQuestion,
+    Pick,
+    SelectionConfig,
+    Told,
+    gold_questions,
+    main,
+    read_told,
+    select,
+    told_by,
+)
 from labeling.screen import reason_shown
 from tiny import PROJECT, correction, write_csv
 
@@ -468,3 +479,28 @@ def test_the_stage_asks_for_train_and_pool_that_nobody_has_answered(
     assert json.loads(batch[0]["score"]) >= json.loads(batch[-1]["score"])
     assert sorted(row["at_random"] for row in batch) == ["", "", "", "yes"]
     assert set(read_corrections(tmp_path)) == {"b"}
+
+
+# --- gold questions
+
+
+def ask_for_gold(has_mask: list[bool], probabilities: list[list[float]] | None = None) -> list[GoldQuestion]:
+    """Ten samples of val, ten of test, of two classes in turn."""
+    predictions = answers(probabilities or [[0.9, 0.1]] * 20)
+    splits, labels = np.repeat(["val", "test"], 10), np.tile([0, 1], 10)
+    told = told_by([None] * 20)
+    return gold_questions(predictions, labels, splits, np.array(has_mask), CLASSES, config(budget=4), told)
+
+
+def test_gold_questions_do_not_depend_on_what_the_model_answers() -> None:
+    asked = ask_for_gold([False] * 20)
+    assert [one.split for one in asked] == ["val"] * 4 + ["test"] * 4
+    assert len({one.sample for one in asked}) == 8
+    other = ask_for_gold([False] * 20, np.random.default_rng(1).dirichlet([1, 1], 20).tolist())
+    assert [one.sample for one in asked] == [one.sample for one in other]
+    assert all(reason_shown(one.shown) != one.shown for one in asked)
+
+
+def test_where_every_sample_has_a_mask_there_is_no_gold_question() -> None:
+    assert ask_for_gold([True] * 20) == []
+    assert {one.split for one in ask_for_gold([True] * 10 + [False] * 10)} == {"test"}

@@ -6,16 +6,17 @@ The four variables of a picture (two models, two backgrounds) are correlated, si
 both models and in both backgrounds. Classes are of unequal size (Zipf), and gold masks are drawn in proportion to the
 classes, each at least one.
 
-Columns: `10 of 60` is the verdict on the first 10 gold masks where 60 are wanted, `60 of 60` that on complete gold (on
-all pictures where val has fewer), `sequence` what becomes of a challenger that is judged at 10, 20, 40 and 60 masks
-until it is promoted or refused, and how many masks that takes.
+Columns: `0`, `10` and `20` are the verdicts on the first so many gold masks where `--wanted` are to come, `complete`
+those on all of them, or on all pictures where val has fewer. `sequence` is what becomes of a challenger that is judged
+at 10, 20, 40 masks and so on until it is promoted or refused, `masks` how many that takes on average.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from scipy.special import ndtri
 
 from abn.config import load_section
 from abn.files import write_json
-from flows.gate import GateConfig, weigh
+from flows.gate_rule import GateConfig, weigh
 
 PROJECT = Path(__file__).parent.parent
 ACROSS_MODELS, ACROSS_BACKGROUNDS, ACROSS_BOTH = 0.6, 0.6, 0.45  # correlations; 0.6 leaves much to chance
-LOOKS = (10, 20, 40, 60)
+LOOKS = (0, 10, 20, 40, 80, 160)  # gold masks, until as many as are wanted are there
+POINTS = 400_000
 OUTCOMES = np.indices((2, 2, 2, 2)).reshape(4, 16)  # champion, challenger as they are; then with swapped background
 
 
@@ -67,33 +69,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--pictures", type=int, nargs="+", default=[50, 200, 1000], help="sizes of the validation set")
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 5, 10])
+    parser.add_argument("--wanted", type=int, default=60, help="gold masks that val shall have, as labeling.gold says")
+    parser.add_argument("--confidence", type=float, help="instead of gate.confidence")
+    parser.add_argument("--complete-confidence", type=float, help="instead of gate.complete_confidence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the figures go as well")
     options = parser.parse_args(arguments)
     config = load_section(GateConfig, PROJECT / "params.yaml", "gate")
+    changes = {"confidence": options.confidence, "complete_confidence": options.complete_confidence}
+    config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     rows = []
     print("promoted/refused in percent, the rest undecided\n")
-    print(f"{'scenario':30}   val classes   10 of 60  20 of 60  60 of 60  sequence masks")
     for scenario in SCENARIOS:
         for pictures in options.pictures:
             for classes in options.classes:
-                found = simulate(scenario, config, pictures, classes, options.draws, options.seed)
+                found = simulate(scenario, config, pictures, classes, options.wanted, options.draws, options.seed)
                 rows.append({"scenario": scenario.name, "wanted": scenario.wanted, **found})
-                shown = [f"{100 * one[0]:.1f}/{100 * one[1]:.1f}" for one in found["verdicts"].values()]
-                print(f"{scenario.name:30} {pictures:5} {classes:7}  " + " ".join(f"{one:>9}" for one in shown), end="")
-                print(f" {found['masks']:5.1f}", flush=True)
+                if len(rows) == 1:
+                    heads = " ".join(f"{head:>10}" for head in (*found["verdicts"], "masks"))
+                    print(f"{'scenario':30} {'val':>5} {'classes':>7} {heads}")
+                rates = [f"{100 * one[0]:.1f}/{100 * one[1]:.1f}" for one in found["verdicts"].values()]
+                cells = " ".join(f"{cell:>10}" for cell in (*rates, f"{found['masks']:.1f}"))
+                print(f"{scenario.name:30} {pictures:5} {classes:7} {cells}", flush=True)
     if options.json:
-        write_json(options.json, {"draws": options.draws, "seed": options.seed, "rows": rows})
+        drawn = {name: getattr(options, name) for name in ("draws", "wanted", "seed")}
+        write_json(options.json, {"settings": asdict(config), **drawn, "rows": rows})
 
 
 def simulate(
-    scenario: Scenario, config: GateConfig, pictures: int, classes: int, draws: int, seed: int
+    scenario: Scenario, config: GateConfig, pictures: int, classes: int, wanted: int, draws: int, seed: int
 ) -> dict[str, Any]:
     """Rates (promoted, refused), 0..1, at the looks of LOOKS and in sequence, and the mean number of masks that the
     sequence takes."""
-    generator = np.random.default_rng(seed)
+    generator, wanted = np.random.default_rng(seed), min(wanted, pictures)
     each = class_sizes(pictures, classes)
-    looks = [min(look, pictures) for look in LOOKS if look == LOOKS[0] or look < pictures + 20]
+    looks = [*(look for look in LOOKS if look < wanted), wanted]
     gold = gold_sizes(each, looks)
     as_is, in_both = draw(scenario, each, gold, draws, generator)
     verdicts: dict[str, tuple[float, float]] = {}
@@ -101,8 +111,8 @@ def simulate(
     for number, look in enumerate(looks):
         complete = number == len(looks) - 1
         evidence = weigh(as_is, in_both[number], config, complete)
-        if complete or look in (10, 20):
-            verdicts["60 of 60" if complete else f"{look} of 60"] = _rates(evidence.promoted, evidence.refused)
+        if complete or look < 40:
+            verdicts["complete" if complete else str(look)] = _rates(evidence.promoted, evidence.refused)
         masks += look * float((open_ & (evidence.promoted | evidence.refused)).mean())
         promoted += float((open_ & evidence.promoted).mean())
         refused += float((open_ & evidence.refused).mean())
@@ -125,7 +135,7 @@ def draw(
     as_is = np.zeros((draws, len(each), 3))
     in_both = np.zeros((len(gold), draws, len(each), 3))
     steps = np.diff(gold, axis=0, prepend=0)
-    for label, chances in enumerate(_class_chances(scenario, len(each), generator)):
+    for label, chances in enumerate(_class_chances(scenario, len(each))):
         seen = np.zeros((draws, 16))
         for look, masks in enumerate(steps[:, label]):
             seen += generator.multinomial(masks, chances, size=draws)
@@ -150,22 +160,22 @@ def gold_sizes(each: np.ndarray, looks: Sequence[int]) -> np.ndarray:
     return np.array([np.bincount(labels[:look], minlength=len(each)) for look in looks])
 
 
-def outcome_chances(scenario: Scenario, generator: np.random.Generator, points: int = 400_000) -> np.ndarray:
-    """(16,) probabilities of OUTCOMES."""
+@cache
+def outcome_chances(champion: tuple[float, float], challenger: tuple[float, float]) -> np.ndarray:
+    """(16,) probabilities of OUTCOMES, from POINTS pictures."""
     a, b, c = ACROSS_MODELS, ACROSS_BACKGROUNDS, ACROSS_BOTH
     correlation = np.array([[1, a, b, c], [a, 1, c, b], [b, c, 1, a], [c, b, a, 1]])
-    normal = generator.standard_normal((points, 4)) @ np.linalg.cholesky(correlation).T
-    accuracies = np.array([scenario.champion[0], scenario.challenger[0], scenario.champion[1], scenario.challenger[1]])
+    normal = np.random.default_rng(0).standard_normal((POINTS, 4)) @ np.linalg.cholesky(correlation).T
+    accuracies = np.array([champion[0], challenger[0], champion[1], challenger[1]])
     right = normal < ndtri(accuracies)
-    return np.bincount(right @ np.array([8, 4, 2, 1]), minlength=16) / points
+    return np.bincount(right @ np.array([8, 4, 2, 1]), minlength=16) / POINTS
 
 
-def _class_chances(scenario: Scenario, classes: int, generator: np.random.Generator) -> list[np.ndarray]:
-    chances = [outcome_chances(scenario, generator)] * classes
-    if scenario.lost_class:
-        kept = 1 - scenario.lost_class
-        lost = replace(scenario, challenger=(scenario.challenger[0] * kept, scenario.challenger[1] * kept))
-        chances[classes // 2] = outcome_chances(lost, generator)
+def _class_chances(scenario: Scenario, classes: int) -> list[np.ndarray]:
+    champion, challenger = scenario.champion, scenario.challenger
+    chances = [outcome_chances(champion, challenger)] * classes
+    kept = 1 - scenario.lost_class
+    chances[classes // 2] = outcome_chances(champion, (challenger[0] * kept, challenger[1] * kept))
     return chances
 
 

@@ -71,20 +71,17 @@ class Comparison:
 
 
 class Criterion(NamedTuple):
-    """One comparison of the two models. `passed` is False only where it is a reason to refuse the challenger."""
+    """One comparison of the two models. Without a tolerance it is reported only."""
 
     name: str
     champion: float  # 0..1
     challenger: float
-    gain: float  # challenger - champion
-    tolerance: float  # the loss from which on the challenger is worse
+    gain: float  # of the challenger, positive where it is better
     pictures: int
-    probability: float | None = None  # that the challenger is not worse; None: reported only
-    required: float | None = None  # the probability that a promotion needs; None: reported only
-    passed: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.name.replace('_', ' ')} {self.champion:.3f} -> {self.challenger:.3f} ({self.pictures})"
+    tolerance: float | None = None  # a loss above this makes the challenger worse
+    probability: float | None = None  # that the challenger is not worse
+    required: float | None = None  # the probability that a promotion needs
+    passed: bool = True  # False where it is a reason to refuse the challenger
 
 
 class Judgement(NamedTuple):
@@ -165,19 +162,19 @@ def judge(comparison: Comparison, config: GateConfig, wanted: int) -> Judgement:
     worst = int(np.lexsort((evidence.class_as_is, ~evidence.class_in_doubt, ~evidence.class_lost))[0])
     rows = [_criterion("accuracy", as_is, config.accuracy_tolerance, evidence.as_is)]
     if masks:
-        rows.append(_criterion("accuracy_background_swap", swapped[:, gold], config.accuracy_tolerance))
-        passed = bool(evidence.in_both >= evidence.required - ROUNDING) if complete else not evidence.worse
-        both = _criterion(
-            "accuracy_in_both_backgrounds", (as_is & swapped)[:, gold], config.accuracy_tolerance, evidence.in_both
-        )
-        rows.append(both._replace(required=float(evidence.required), passed=passed))
-    of_class = _criterion(
-        f"accuracy_of_class_{classes[worst]}",
-        as_is[:, truth == classes[worst]],
-        config.worst_class_tolerance,
-        evidence.class_as_is[worst],
-    )
-    rows.append(of_class._replace(passed=not evidence.class_lost[worst]))
+        both = _criterion("accuracy_in_both_backgrounds", (as_is & swapped)[:, gold], config.accuracy_tolerance)
+        reached = evidence.in_both >= evidence.required - ROUNDING
+        rows += [
+            _criterion("accuracy_background_swap", swapped[:, gold]),
+            both._replace(
+                probability=float(evidence.in_both),
+                required=float(evidence.required),
+                passed=bool(reached if complete else not evidence.worse),
+            ),
+        ]
+    of_class = as_is[:, truth == classes[worst]], config.worst_class_tolerance, evidence.class_as_is[worst]
+    rows.append(_criterion(f"accuracy_of_class_{classes[worst]}", *of_class))
+    rows[-1] = rows[-1]._replace(passed=not evidence.class_lost[worst])
 
     missing = 0
     if evidence.promoted:
@@ -198,12 +195,12 @@ def _outcomes(right: np.ndarray) -> tuple[int, int, int]:
 
 
 def _criterion(
-    name: str, right: np.ndarray, tolerance: float, probability: np.ndarray | float | None = None
+    name: str, right: np.ndarray, tolerance: float | None = None, probability: np.ndarray | None = None
 ) -> Criterion:
     """Of (2, n) bool: whether champion and challenger were right."""
     before, after = (float(one.mean()) for one in right)
     known = None if probability is None else float(probability)
-    return Criterion(name, before, after, after - before, tolerance, right.shape[1], known)
+    return Criterion(name, before, after, after - before, right.shape[1], tolerance, known)
 
 
 def _map_measures(champion: View, challenger: View) -> list[Criterion]:
@@ -217,7 +214,7 @@ def _map_measures(champion: View, challenger: View) -> list[Criterion]:
         before, after = getattr(champion, name), getattr(challenger, name)
         if (both := np.isfinite(before) & np.isfinite(after)).any():
             means = float(before[both].mean()), float(after[both].mean())
-            rows.append(Criterion(name, *means, sign * (means[1] - means[0]), 1.0, int(both.sum())))
+            rows.append(Criterion(name, *means, sign * (means[1] - means[0]), int(both.sum())))
     return rows
 
 

@@ -8,7 +8,7 @@ classes, each at least one.
 
 Columns: `0`, `10` and `20` are the verdicts on the first so many gold masks where `--wanted` are to come, `complete`
 those on all of them, or on all pictures where val has fewer. `sequence` is what becomes of a challenger that is judged
-at 10, 20, 40 masks and so on until it is promoted or refused, `masks` how many that takes on average.
+at `--looks` until it is promoted or refused, `masks` how many that takes on average.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, nargs="+", default=[50, 200, 1000], help="sizes of the validation set")
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 5, 10])
     parser.add_argument("--wanted", type=int, default=60, help="gold masks that val shall have, as labeling.gold says")
+    parser.add_argument("--looks", type=int, nargs="+", default=LOOKS, help="gold masks at which the gate judges")
     parser.add_argument("--confidence", type=float, help="instead of gate.confidence")
     parser.add_argument("--complete-confidence", type=float, help="instead of gate.complete_confidence")
     parser.add_argument("--seed", type=int, default=0)
@@ -78,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_section(GateConfig, PROJECT / "params.yaml", "gate")
     changes = {"confidence": options.confidence, "complete_confidence": options.complete_confidence}
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    shared = options.wanted, options.draws, options.seed, options.looks
     rows = []
     print("promoted/refused in percent, the rest undecided\n")
     for scenario in SCENARIOS:
         for pictures in options.pictures:
             for classes in options.classes:
-                found = simulate(scenario, config, pictures, classes, options.wanted, options.draws, options.seed)
+                found = simulate(scenario, config, pictures, classes, *shared)
                 rows.append({"scenario": scenario.name, "wanted": scenario.wanted, **found})
                 if len(rows) == 1:
                     heads = " ".join(f"{head:>10}" for head in (*found["verdicts"], "masks"))
@@ -92,18 +94,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cells = " ".join(f"{cell:>10}" for cell in (*rates, f"{found['masks']:.1f}"))
                 print(f"{scenario.name:30} {pictures:5} {classes:7} {cells}", flush=True)
     if options.json:
-        drawn = {name: getattr(options, name) for name in ("draws", "wanted", "seed")}
+        drawn = {name: getattr(options, name) for name in ("draws", "wanted", "seed", "looks")}
         write_json(options.json, {"settings": asdict(config), **drawn, "rows": rows})
 
 
 def simulate(
-    scenario: Scenario, config: GateConfig, pictures: int, classes: int, wanted: int, draws: int, seed: int
+    scenario: Scenario,
+    config: GateConfig,
+    pictures: int,
+    classes: int,
+    wanted: int,
+    draws: int,
+    seed: int,
+    looks: Sequence[int] = LOOKS,
 ) -> dict[str, Any]:
-    """Rates (promoted, refused), 0..1, at the looks of LOOKS and in sequence, and the mean number of masks that the
-    sequence takes."""
+    """Rates (promoted, refused), 0..1, at 0, 10 and 20 gold masks (of those in `looks`), complete, and in sequence; and
+    the mean number of masks that the sequence takes."""
     generator, wanted = np.random.default_rng(seed), min(wanted, pictures)
     each = class_sizes(pictures, classes)
-    looks = [*(look for look in LOOKS if look < wanted), wanted]
+    looks = [*(look for look in looks if look < wanted), wanted]
     gold = gold_sizes(each, looks)
     as_is, in_both = draw(scenario, each, gold, draws, generator)
     verdicts: dict[str, tuple[float, float]] = {}
@@ -111,7 +120,7 @@ def simulate(
     for number, look in enumerate(looks):
         complete = number == len(looks) - 1
         evidence = weigh(as_is, in_both[number], config, complete)
-        if complete or look < 40:
+        if complete or look in (0, 10, 20):
             verdicts["complete" if complete else str(look)] = _rates(evidence.promoted, evidence.refused)
         masks += look * float((open_ & (evidence.promoted | evidence.refused)).mean())
         promoted += float((open_ & evidence.promoted).mean())

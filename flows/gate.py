@@ -33,6 +33,7 @@ COMPARISON_COLUMNS = (
 
 
 NO_VAL = "the split val has no pictures, so no model can be judged; give some to `abnloop init`"
+ENOUGH = 60  # gold masks of val that tell an unlearned shortcut from a worse model with few errors
 FIRST_LOOK = 10  # gold masks that are asked for first; then as many again each time
 Verdict = Literal["promoted", "refused", "undecided"]
 
@@ -139,7 +140,8 @@ def judge(comparison: Comparison, config: GateConfig, wanted: int) -> Judgement:
     """The verdict on the challenger; see `weigh` for the rule.
 
     `wanted` is how many gold masks val shall have in the end: with as many the gold is complete, and the verdict is
-    promoted or refused. Without any gold mask it is undecided. Raises ValueError where val has no pictures.
+    promoted or refused. Without any gold mask it is undecided, and where none is wanted the reason says what to do.
+    Raises ValueError where val has no pictures.
     """
     if not comparison.samples:
         raise ValueError(NO_VAL)
@@ -147,8 +149,8 @@ def judge(comparison: Comparison, config: GateConfig, wanted: int) -> Judgement:
     truth = np.array([sample.label for sample in comparison.samples])
     gold = np.isfinite(champion.context_reliance) & np.isfinite(challenger.context_reliance)
     masks = int(gold.sum())
-    wanted = min(wanted, len(truth)) if masks or wanted > 0 else min(FIRST_LOOK, len(truth))
-    complete = masks >= wanted
+    wanted = min(wanted, len(truth))
+    complete = 0 < masks >= wanted
 
     as_is, swapped = (
         np.array([np.array(answers) == truth for answers in pair])
@@ -182,8 +184,8 @@ def judge(comparison: Comparison, config: GateConfig, wanted: int) -> Judgement:
     elif evidence.refused:
         verdict = "refused"
     else:
-        verdict, missing = "undecided", min(max(FIRST_LOOK, 2 * masks), wanted) - masks
-    reason = _reason(rows, evidence, in_both.sum(axis=0), missing)
+        verdict, missing = "undecided", min(max(FIRST_LOOK, 2 * masks), wanted or len(truth)) - masks
+    reason = _reason(rows, evidence, in_both.sum(axis=0), missing, comes=wanted > 0)
     return Judgement(verdict, reason, [*rows, *_map_measures(champion, challenger)], missing)
 
 
@@ -218,7 +220,7 @@ def _map_measures(champion: View, challenger: View) -> list[Criterion]:
     return rows
 
 
-def _reason(rows: Sequence[Criterion], evidence: Evidence, in_both: np.ndarray, missing: int) -> str:
+def _reason(rows: Sequence[Criterion], evidence: Evidence, in_both: np.ndarray, missing: int, comes: bool) -> str:
     """One line: both accuracies, how sure the verdict is, and what it needed."""
     accuracy, *of_gold, of_class = rows
     parts = [f"accuracy {_change(accuracy)} on {accuracy.pictures} val pictures"]
@@ -241,7 +243,9 @@ def _reason(rows: Sequence[Criterion], evidence: Evidence, in_both: np.ndarray, 
         parts.append(f"class {name} {_change(of_class)} on {of_class.pictures}, a loss with probability {lost:.3f}")
     if missing and not of_gold:
         parts.append("without gold masks an unlearned shortcut cannot be told from a worse model")
-    if missing:
+    if missing and not comes:
+        parts.append(f"none is to come: set labeling.gold, at best to {ENOUGH}, so that labelers paint some")
+    elif missing:
         parts.append(f"{missing} more gold mask{'s' * (missing > 1)} of val needed before it is judged again")
     return "; ".join(parts)
 

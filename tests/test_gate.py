@@ -107,6 +107,11 @@ def test_without_gold_as_much_is_asked_for_as_can_come(wanted: int, pictures: in
     assert (judgement.verdict, judgement.missing_gold) == ("undecided", missing)
 
 
+def test_where_no_gold_is_to_come_the_reason_says_what_to_do() -> None:
+    reason = judged((200, "+?", "+?"), wanted=0).reason
+    assert reason.endswith("; none is to come: set labeling.gold, at best to 60, so that labelers paint some")
+
+
 @pytest.mark.parametrize(("gold", "missing"), [(3, 7), (10, 10), (15, 15), (30, 30), (45, 15)])
 def test_equal_models_are_undecided_until_the_gold_is_complete(gold: int, missing: int) -> None:
     """Gold doubles until it is complete: few verdicts, so that they cannot err often."""

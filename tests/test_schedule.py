@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ pytestmark = [pytest.mark.studio, pytest.mark.timeout(900)]  # a test that is ru
 
 FLOWS = {"retrain", "collect", "ingest"}
 SILENCE = 75  # seconds; a heart beats each 30
-PATIENCE = 240.0  # seconds: a cron of one minute, and a machine that does much else
+PATIENCE = 420.0  # seconds: a cron of one minute, and a machine that does much else
 HEARTS = """
 import sys, time
 from flows import services
@@ -404,7 +405,7 @@ def test_status_and_doctor_know_the_schedule(scheduled: Scheduled) -> None:
     assert f"`abnloop serve` runs (pid {scheduled.process.pid})" in scheduled.status
     for name in FLOWS:
         assert f"next {name}: 20" in scheduled.status
-    assert "deployment" not in scheduled.doctor and "schedule" not in scheduled.doctor
+    assert not re.search("no run of the deployment|is paused|nothing runs on a schedule", scheduled.doctor)
 
 
 def test_a_second_serve_is_refused_and_so_is_down(scheduled: Scheduled) -> None:

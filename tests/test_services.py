@@ -301,6 +301,17 @@ def test_errors_of_a_log_are_counted_once_a_chain_and_dated(tmp_path: Path) -> N
     assert examination.errors_in(tmp_path / "none.log") == []
 
 
+def test_a_lock_that_passes_is_no_complaint(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    log = services.log_of(workspace, "prefect")
+    log.parent.mkdir(parents=True)
+    log.write_text("sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) database is locked\n" * 5)
+    assert examination._check_logs(workspace) == []
+    log.write_text("sqlalchemy.exc.InvalidRequestError: Can't evaluate bulk DML statement\n" * 5)
+    (complaint,) = examination._check_logs(workspace)
+    assert "has 5 errors" in complaint.what and "InvalidRequestError: Can't evaluate bulk" in complaint.what
+
+
 def test_the_remedy_for_a_full_disk_costs_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = make_workspace(tmp_path)
     git, dvc = Git(workspace.root), Dvc(workspace.root)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from flows.processes import stop_group, stop_marked
 from flows.services import ask_prefect
 from flows.supervisor import SERVED, systemd_unit
 from flows.versions import HOLDER, Git
-from flows.workspace import Workspace, open_workspace, read_json
+from flows.workspace import InUse, Workspace, open_workspace, read_json
 from labeling.client import LabelStudio
 from labeling.tasks import verdict_results
 
@@ -47,9 +48,11 @@ from flows import services
 from flows.workspace import Workspace
 services.connect(Workspace(sys.argv[1]))
 from prefect import flow
+from flows.slots import training_slot
 @flow(name=sys.argv[2])
 def beat():
-    time.sleep(3600)
+    with training_slot(Workspace(sys.argv[3])):
+        time.sleep(3600)
 beat()
 """
 SOONER = """
@@ -162,7 +165,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     root = tmp_path_factory.mktemp("schedule") / "a folder"
     (root / "source").mkdir(parents=True)
     index = write_pictures(root / "source", {"train": 24, "val": 8, "test": 8})
-    crons = {"flows.retrain_cron": "* * * * *", "flows.collect_cron": "* * * * *"}
+    crons = {"flows.retrain_cron": "* * * * *", "flows.collect_cron": "* * * * *", "flows.gpu_concurrency": 3}
     init_workspace(PROJECT, root / "leaves", root / "source", index=index, settings={**SETTINGS, **crons})
     workspace = open_workspace(root / "leaves")
     yield workspace
@@ -204,9 +207,15 @@ class Hearts:
 
 @pytest.fixture(scope="module")
 def hearts(place: Workspace, scheduled: Scheduled) -> Iterator[Hearts]:
-    """Two flow runs that nobody watches, one of which is killed; an automation that waits for `SILENCE` seconds."""
+    """Two runs of other workspaces, which nobody watches: both hold a training slot, and one is killed. The automation
+    that frees dead runs waits for `SILENCE` seconds."""
     assert python(place, SOONER, str(SILENCE)).wait(120) == 0
-    both = {name: python(place, HEARTS, name) for name in ("dead", "alive")}
+    both = {}
+    for name in ("dead", "alive"):
+        other = Workspace(place.root.parent / name)
+        other.state.mkdir(parents=True)
+        shutil.copy(place.params, other.params)
+        both[name] = python(place, HEARTS, name, str(other.root))
 
     def running() -> dict[str, str]:
         asked = {"flows": {"name": {"any_": list(both)}}, "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
@@ -348,8 +357,9 @@ class Pooled:
     first: dict[str, dict[str, Any]]
     resumed: list[dict[str, Any]]
     left: dict[str, str]  # the states of the services after the end of serve
-    dead: str
+    dead: str  # the states of the two runs of `hearts`
     alive: str
+    slots: int  # that are held in the end
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +392,14 @@ def pooled(place: Workspace, ended: Ended, hearts: Hearts) -> Pooled:
         finally:
             stop_group(worker.pid)
             worker.wait()
-    return Pooled(first, gone_on, {one.title: one.state for one in services.status(place)}, dead, alive)
+
+    def held() -> int:
+        url = f"{services.address_of(place, 'prefect')}/api/v2/concurrency_limits/abnloop-gpu"
+        return int(httpx.get(url, timeout=10, trust_env=False).json()["active_slots"])
+
+    eventually(lambda: held() == 1, 120)
+    left = {one.title: str(one.state) for one in services.status(place)}
+    return Pooled(first, gone_on, left, dead, alive, held())
 
 
 # --- what is seen
@@ -451,6 +468,10 @@ def test_a_run_without_a_heartbeat_is_called_crashed_and_no_other(pooled: Pooled
     assert pooled.alive == "RUNNING"
 
 
+def test_a_lease_outlives_a_restart_of_prefect_and_not_its_run(pooled: Pooled) -> None:
+    assert pooled.slots == 1, "the living run holds one, the dead ones hold none"
+
+
 def test_a_worker_of_a_pool_runs_what_the_cron_starts(pooled: Pooled) -> None:
     assert pooled.first.keys() == FLOWS
     assert all(run["work_pool_name"] == "gpus" for run in pooled.first.values())
@@ -465,6 +486,27 @@ def test_services_that_were_up_before_serve_stay_up(pooled: Pooled) -> None:
 
 
 # --- without services
+
+
+@pytest.mark.parametrize(("holder", "waited_for"), [("round collect", True), ("round open", False)])
+def test_a_run_waits_for_another_one_unless_that_trains(tmp_path: Path, holder: str, waited_for: bool) -> None:
+    place, held, release = Workspace(tmp_path), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with place.lock(holder):
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    threading.Timer(0.5, release.set).start()
+    try:
+        with place.lock("ingest", patience=20):
+            assert waited_for
+    except InUse as in_use:
+        assert not waited_for and f"is in use by `abnloop {holder}`" in str(in_use)
+    thread.join()
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")

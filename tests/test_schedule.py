@@ -437,9 +437,9 @@ def test_services_that_are_killed_are_started_again_and_status_tells(place: Work
     assert set(restarted.states.values()) == {"up"}
     for title in restarted.states:
         assert f"{title} was started again 1 times" in restarted.told
-    assert restarted.told.count("; it ended: ") == 4
+    assert restarted.told.count("; it was killed (SIGKILL): ") == 4
     said = (place.logs / "serve.log").read_text()
-    assert "MLflow ended: " in said and "MLflow is started again" in said
+    assert "MLflow was killed (SIGKILL): " in said and "MLflow is started again" in said
 
 
 def test_an_answer_in_label_studio_makes_collect_run_early(hinted: Hinted) -> None:

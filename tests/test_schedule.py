@@ -131,6 +131,13 @@ def runs_of(place: Workspace, name: str, after: datetime | None = None) -> list[
     return [run for run in ask_prefect(place, "flow_runs/filter", asked) if run["start_time"]]
 
 
+def pause(place: Workspace, name: str, paused: bool) -> None:
+    """Let the cron of a deployment rest, or go on."""
+    (known,) = ask_prefect(place, "deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    path = f"deployments/{known['id']}/{'pause' if paused else 'resume'}_deployment"
+    httpx.post(f"{services.address_of(place, 'prefect')}/api/{path}", timeout=30, trust_env=False).raise_for_status()
+
+
 def by_cron(place: Workspace, names: set[str], after: datetime | None = None) -> dict[str, dict[str, Any]]:
     """The first run of each deployment that its cron started and that has completed; empty until each has one."""
     found = {
@@ -249,7 +256,9 @@ class Restarted:
 
 @pytest.fixture(scope="module")
 def restarted(place: Workspace, scheduled: Scheduled, hearts: Hearts) -> Restarted:
-    """Each of the services is killed."""
+    """Each of the services is killed. From here on the crons of the others rest until they are needed."""
+    for name in ("retrain", "ingest"):
+        pause(place, name, True)
     records = read_json(place.services)
     before = {name: record["pid"] for name, record in records.items()}
     for pid in before.values():
@@ -307,6 +316,7 @@ def overdue(place: Workspace, hinted: Hinted) -> Overdue:
 
     runs = eventually(closing)
     assert runs, "no run of the cron has closed the round"
+    pause(place, "retrain", False)
     return Overdue(before, runs[0])
 
 

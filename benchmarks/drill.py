@@ -33,6 +33,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import yaml
 from PIL import Image
 
@@ -40,7 +41,7 @@ from abn.manifest import read_corrections
 from benchmarks.faulty import Fault, Proxy, proxy
 from flows import services
 from flows.ingest import change_settings, init_workspace
-from flows.versions import Dvc, Git
+from flows.versions import HOLDER, Dvc, Git
 from flows.workspace import Workspace, open_workspace, read_json, read_json_lines, write_json, write_table
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -473,15 +474,53 @@ def killed_opening(drill: Drill, when: str, point: str, wanted: Mapping[str, Any
 
 
 def killed_with_the_only_slot(drill: Drill, wanted: Mapping[str, Any]) -> Case:
-    """Prefect's limit of trainings: the slot of the dead is a lease, and runs out."""
-    url, limit = f"{services.addresses(drill.base).prefect}/v2/concurrency_limits/", "abnloop-gpu"
-    body = {"name": limit, "limit": 1, "active": True}
-    httpx.post(url, json=body, timeout=60, trust_env=False).raise_for_status()
-    what = "killed during control, while it held the only training slot"
-    try:
-        return drill.case(what, "open", wanted, drill.copy(), Event("during", "control"))
-    finally:
-        httpx.delete(url + limit, timeout=60, trust_env=False).raise_for_status()
+    """The slot of the dead is a lease: it runs out, and the run of another workspace that waits gets it."""
+    what = "killed during control, while the run of another workspace waited for the only training slot"
+    case, began = Case("open", what), time.monotonic()
+    dies, waits = drill.copy(), drill.copy()
+    drill.ready(2)
+    first = drill.start(dies, "open", Event("during", "control"), number=0)
+    while not dies.slot.is_file():
+        time.sleep(0.05)
+    second = drill.start(waits, "open", number=1)
+    case.seen.append(_words(drill.end(first)))
+    waited = not waits.slot.is_file()
+    ended = drill.end(second)
+    case.seen.append(_words(ended))
+    drill.judge(case, ended.outcome, wanted)
+    if not waited:
+        case.same, case.differs["waited"] = False, (True, waited)
+    case.seconds = time.monotonic() - began
+    return case
+
+
+def two_workspaces_train(drill: Drill, wanted: Mapping[str, Any]) -> Case:
+    """Two rounds begin at once on one Prefect server that allows one training: one of them trains after the other."""
+    case, began = Case("open", "two workspaces that may train one at a time"), time.monotonic()
+    places, trained, at_once = [drill.copy(), drill.copy()], set[str](), 0
+    drill.ready(2)
+    started = [drill.start(place, "open", number=number) for number, place in enumerate(places)]
+    while not all(place.round(1).tasks.is_file() for place in places):
+        training = {place.root.name for place in places if trains(place)}
+        trained |= training
+        at_once = max(at_once, len(training))
+    for one in started:
+        ended = drill.end(one)
+        case.seen.append(_words(ended))
+        drill.judge(case, ended.outcome, wanted)
+    if (len(trained), at_once) != (2, 1):
+        case.same, case.differs["trained, at once"] = False, ((2, 1), (len(trained), at_once))
+    case.seconds = time.monotonic() - began
+    return case
+
+
+def trains(place: Workspace) -> bool:
+    """Whether DVC brings stages of the workspace up to date."""
+    for process in psutil.process_iter(["environ", "cmdline", "status"]):
+        mine = (process.info["environ"] or {}).get(HOLDER, "").endswith(f" {place.root}")
+        if mine and process.info["status"] != psutil.STATUS_ZOMBIE and "repro" in (process.info["cmdline"] or []):
+            return True
+    return False
 
 
 def killed_collecting(drill: Drill, when: str, point: str, wanted: Mapping[str, Any], copy: Place) -> Case:
@@ -602,6 +641,7 @@ def cases(drill: Drill) -> Iterator[tuple[str, Callable[[], Case]]]:
     for when, point in kills("open"):
         yield f"open {when} {point}", partial(killed_opening, drill, when, point, opened)
     yield "open slot", partial(killed_with_the_only_slot, drill, opened)
+    yield "open limit", partial(two_workspaces_train, drill, opened)
     for when, point in kills("collect"):
         yield f"collect {when} {point}", partial(killed_collecting, drill, when, point, closed, again)
     faults: list[tuple[Fault, int]] = [("close", 3), ("half", 3), ("500", 3), ("429", 3), ("slow", 1), ("close", -1)]

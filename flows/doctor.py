@@ -39,6 +39,7 @@ from flows.workspace import Workspace, read_json
 LATE = 120.0  # seconds after its date from which on a scheduled run that did not start is late
 SETTLED = 90.0  # seconds after which Prefect's scheduler has seen a new schedule
 REPEATED = 3  # errors of one kind in the log of a service, within a day, that are told
+PASSES = "database is locked"  # SQLite tells Prefect so now and then; its clients try again
 STAMP = re.compile(r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d")
 RAISED = re.compile(r"(?:[a-z_][\w.]*\.)?([A-Z]\w*(?:Error|Exception|Timeout|Refused))(?:: (.*))?$")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
@@ -223,7 +224,7 @@ def _check_logs(workspace: Workspace) -> list[Finding]:
     for name in embedded(workspace):
         log = log_of(workspace, name)
         errors = errors_in(log)
-        recent = [one for one in errors if datetime.now() - one.when < timedelta(days=1)]
+        recent = [one for one in errors if datetime.now() - one.when < timedelta(days=1) and PASSES not in one.said]
         kind, count = Counter(one.kind for one in recent).most_common(1)[0] if recent else ("", 0)
         if count >= REPEATED:
             last = [one for one in recent if one.kind == kind][-1]

@@ -36,7 +36,7 @@ class Ingested:
 
 @flow(name="ingest")
 def ingest_flow(workspace: str = ".") -> Ingested | Idle:
-    """`ingest` on a schedule, after the run of `collect` that has the same cron; it does not wait for a training."""
+    """`ingest` on a schedule, after the run of `collect` that has the same cron."""
     done: Ingested | Idle
     try:
         done = ingest(open_workspace(workspace), patience_of("ingest"))

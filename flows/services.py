@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -413,6 +414,15 @@ def end(record: Mapping[str, Any], grace: float = 10.0) -> bool:
     if child:
         child.wait()
     return running
+
+
+def how_it_ended(record: Mapping[str, Any]) -> str:
+    """Why the process of a record is gone, as far as whoever has started it can know."""
+    child = _children.get(record.get("pid", 0))
+    code = child.poll() if child else None
+    if code is None:
+        return "ended"
+    return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended (exit code {code})"
 
 
 def _left_behind(group: int) -> bool:

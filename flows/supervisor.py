@@ -30,6 +30,7 @@ TAG = "abnloop"  # of the deployments in prefect.yaml
 READY = "the schedule is set"  # what it says once Prefect knows the deployments
 SERVED = "ABNLOOP_SERVED"  # in the environment of the runner and of all that it starts: the workspace
 CHECK = 2.0  # seconds between two looks at what is kept running
+ASK = 60.0  # seconds between two questions whether a service answers, each of which is a line in its log
 HUNG = 120.0  # seconds without an answer after which a service that runs is started again
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before a start: doubled each time, up to the longest
 STABLE = 600.0  # seconds that a service has to run until the next wait is the first again
@@ -51,6 +52,7 @@ class Kept:
     failures: int = 0  # ends and failed starts since it last ran for STABLE seconds
     due: float | None = None  # when it may be started again, None while it runs
     began: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.monotonic)  # when it was last asked for an answer
     silent: float | None = None  # since when it runs without an answer
 
 
@@ -79,6 +81,7 @@ class _Supervisor:
         self.place = place
         self.kept = [Kept(name, TITLES[name]) for name in embedded(place)]
         self.runner: dict[str, Any] = {}  # its record
+        self.blind = False  # whether the runner has lost what Prefect's server tells it
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self.record: dict[str, Any] = {"since": now, "restarts": {}}
         # The services that an earlier one had started are ours now, and end with us; its runs end at once.
@@ -111,6 +114,11 @@ class _Supervisor:
         while self.kept:
             for one in self.kept:
                 self._look(one)
+            if self.blind and self._runs_nothing():
+                log.info("the runner is started anew, since Prefect was: it no longer hears of runs that are cancelled")
+                self._end_runner()
+                self._start_runner()
+                self.blind = False
             time.sleep(CHECK)
 
     def end(self) -> None:
@@ -139,8 +147,11 @@ class _Supervisor:
         record = self.runner if one.name == RUNNER else read_json(self.place.services).get(one.name, {})
         process = running_process(record)
         if process is None:
-            return f"ended: {tail_log(log_of(self.place, one.name))}"
-        if one.name == RUNNER or answers(record["url"] + HEALTH[one.name]):
+            return f"{services.how_it_ended(record)}: {tail_log(log_of(self.place, one.name))}"
+        if one.name == RUNNER or now - one.asked < (CHECK if one.silent else ASK):
+            return ""
+        one.asked = now
+        if answers(record["url"] + HEALTH[one.name]):
             one.silent = None
             return ""
         one.silent = one.silent or now
@@ -156,7 +167,8 @@ class _Supervisor:
         log.warning("%s %s; it starts again in %.0f s", one.title, why, wait)
         when = datetime.now().astimezone().isoformat(timespec="seconds")
         known = self.record["restarts"].get(one.name, {"count": 0})
-        self.record["restarts"][one.name] = {"count": known["count"] + 1, "last": when, "why": why}
+        told = why if len(why) < 500 else f"{why[:200]} ... {why[-300:]}"
+        self.record["restarts"][one.name] = {"count": known["count"] + 1, "last": when, "why": told}
         write_json(self.place.serving, self.record)
 
     def _start_again(self, one: Kept) -> None:
@@ -173,6 +185,11 @@ class _Supervisor:
             return
         one.due, one.began = None, time.monotonic()
         log.info("%s is started again", one.title)
+        self.blind = one.name == "prefect" or (self.blind and one.name != RUNNER)
+
+    def _runs_nothing(self) -> bool:
+        process = running_process(self.runner)
+        return process is not None and self._all_run() and not process.children()
 
     def _all_run(self) -> bool:
         records = read_json(self.place.services)

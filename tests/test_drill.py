@@ -103,6 +103,18 @@ def test_collecting_survives(
     check(case, resumed=case.resumed)
 
 
+def test_two_workspaces_train_one_after_the_other_though_nothing_was_ever_served(
+    drill: Drill, undisturbed: Undisturbed
+) -> None:
+    check(drills.two_workspaces_train(drill, undisturbed.opened), resumed=False)
+
+
+def test_the_training_slot_of_a_killed_run_goes_to_who_waits_for_it(drill: Drill, undisturbed: Undisturbed) -> None:
+    case = drills.killed_with_the_only_slot(drill, undisturbed.opened)
+    assert case.seen[0] == "killed (SIGKILL)"
+    check(case, resumed=False)
+
+
 def test_of_two_loops_on_one_workspace_the_second_ends_at_once(drill: Drill, undisturbed: Undisturbed) -> None:
     case = drills.two_at_once(drill, undisturbed.opened)
     check(case, resumed=False)

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import httpx
 import numpy as np
@@ -1157,55 +1155,6 @@ def deployments() -> dict[str, Any]:
 
     with get_client(sync_client=True) as client:
         return {one.name: one for one in client.read_deployments()}
-
-
-def test_serving_puts_both_flows_on_their_schedule(place: Workspace, second: Second) -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.objects import FlowRun
-    from prefect.deployments import run_deployment
-
-    from flows.rounds import label_studio
-
-    with subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "serve", "--workspace", str(place.root)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            made = eventually(lambda: (found := deployments()).keys() >= {"retrain", "collect"} and found, 60)
-            assert made, "no deployments"
-            retrain, collect = made["retrain"], made["collect"]
-            assert [one.schedule.cron for one in retrain.schedules] == ["30 4 1 1 *"]
-            assert [one.schedule.cron for one in collect.schedules] == ["*/7 * * * *"]
-            assert retrain.parameters == collect.parameters == {"workspace": str(place.root)}
-            run = run_deployment("collect-round/collect", timeout=60, poll_interval=0.5)
-            assert isinstance(run, FlowRun) and run.state and run.state.is_completed(), run
-            assert "no round is open, there is nothing to collect" in str(run.state.message)
-            label_studio(place).annotate(
-                min(second.seen.tasks), verdict_results("unusable"), 1.0
-            )  # its webhook is a hint
-            assert eventually(lambda: early_runs(collect.id, run.id), 90), "the hint made no run"
-        finally:
-            os.killpg(process.pid, signal.SIGINT)
-            said, _ = process.communicate(timeout=90)
-    assert "Traceback" not in said
-    with get_client(sync_client=True) as client:
-        assert client.read_global_concurrency_limit_by_name("abnloop-gpu").limit == 1
-
-
-def early_runs(deployment: UUID, known: UUID) -> list[FlowRun]:
-    """Runs of the deployment that completed without being on its schedule, `known` aside."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-
-    only = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
-    with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(deployment_filter=only, limit=200)
-    done = [run for run in runs if run.state and run.state.is_completed()]
-    return [run for run in done if not run.auto_scheduled and run.id != known]
 
 
 def waited_for(trigger: Any) -> tuple[set[str], dict[str, Any]]:

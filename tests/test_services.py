@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +230,86 @@ def test_doctor_names_what_is_wrong_and_each_remedy(no_label_studio: Workspace) 
     assert by_what["Prefect is down"] == Finding("advice", "Prefect is down", "`abnloop up` starts it")
     assert any("127.0.0.1:9" in finding.what and finding.level == "broken" for finding in findings)
     assert [finding.level for finding in findings] == sorted((f.level for f in findings), reverse=True)
+
+
+def test_doctor_sees_a_schedule_that_fires_nothing_and_what_prefect_complains_of(
+    no_label_studio: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, commands = no_label_studio, services._commands
+
+    def without_scheduler(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str], dict[str, str], str]:
+        argv, env, url = commands(workspace, name, port)
+        return argv, {**env, "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false"}, url
+
+    monkeypatch.setattr(services, "_commands", without_scheduler)
+    monkeypatch.setattr(examination, "SETTLED", 0.0)
+    up(workspace)
+    assert any(finding.what == "nothing runs on a schedule" for finding in examination._check_schedule(workspace))
+    shutil.copy(PROJECT / "prefect.yaml", workspace.root)
+    deploy = "import sys\nfrom flows import services\nfrom flows.workspace import Workspace\n"
+    deploy += "place = Workspace(sys.argv[1])\nservices.connect(place)\nfrom flows.serve import deployments\n"
+    deploy += "for one in deployments(place): one.apply()\n"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    subprocess.run([sys.executable, "-c", deploy, str(workspace.root)], cwd=PROJECT, env=clean, check=True)
+    findings = {finding.what: finding for finding in examination._check_schedule(workspace)}
+    for name, cron in (("retrain", "2 2 * * *"), ("collect", "*/5 * * * *"), ("ingest", "*/5 * * * *")):
+        silent = findings[f"no run of the deployment {name} is scheduled, although its cron is {cron!r}"]
+        assert silent.level == "broken" and "prefect.log" in silent.remedy
+    assert set(examination.upcoming(workspace).values()) == {None}
+
+    # A run that is due, and nobody serves.
+    (known,) = services.ask_prefect(workspace, "deployments/filter", {"deployments": {"name": {"any_": ["collect"]}}})
+    due = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2026-01-02T03:04:05+00:00"}}
+    services.ask_prefect(workspace, f"deployments/{known['id']}/create_flow_run", {"state": due})
+    (late,) = [one for one in examination._check_schedule(workspace) if "late" in one.what]
+    assert late.what.startswith("1 runs of the deployment collect are late, the first since 2026-01-0")
+    assert late.remedy == "nothing takes them: start `abnloop serve`"
+
+    assert examination._check_logs(workspace) == []
+    database = sqlite3.connect(workspace.prefect / "prefect.db", timeout=60)
+    with closing(database):
+        database.execute("ALTER TABLE flow_run RENAME TO gone")
+    deadline = time.monotonic() + 60
+    while not (complaints := examination._check_logs(workspace)) and time.monotonic() < deadline:
+        time.sleep(1)
+    (complaint,) = complaints
+    assert re.match(
+        r"the log of Prefect has \d+ errors, the last at 20.*OperationalError.*no such table: flow_run", complaint.what
+    )
+    assert complaint.level == "advice" and "prefect.log" in complaint.remedy
+
+
+def test_errors_of_a_log_are_counted_once_a_chain_and_dated(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text(
+        "2026-03-01 10:00:00.123 | ERROR   | prefect.server - it failed\n"
+        "Traceback (most recent call last):\n"
+        '  File "a.py", line 1, in f\n'
+        "sqlite3.OperationalError: locked\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "Traceback (most recent call last):\n"
+        "sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) locked\n"
+        "[2026-03-01 11:00:00,000] [ERROR] next\n"
+        "    raise ValueError: not at the beginning\n"
+        "TimeoutError\n"
+    )
+    found = [(one.kind, one.said, str(one.when)) for one in examination.errors_in(log)]
+    assert found == [
+        ("OperationalError", "(sqlite3.OperationalError) locked", "2026-03-01 10:00:00"),
+        ("TimeoutError", "", "2026-03-01 11:00:00"),
+    ]
+    assert examination.errors_in(tmp_path / "none.log") == []
+
+
+def test_a_lock_that_passes_is_no_complaint(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    log = services.log_of(workspace, "prefect")
+    log.parent.mkdir(parents=True)
+    log.write_text("sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) database is locked\n" * 5)
+    assert examination._check_logs(workspace) == []
+    log.write_text("sqlalchemy.exc.InvalidRequestError: Can't evaluate bulk DML statement\n" * 5)
+    (complaint,) = examination._check_logs(workspace)
+    assert "has 5 errors" in complaint.what and "InvalidRequestError: Can't evaluate bulk" in complaint.what
 
 
 def test_the_remedy_for_a_full_disk_costs_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

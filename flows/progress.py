@@ -19,11 +19,12 @@ SILENCE = 10.0  # seconds between two lines about the same work, where there is 
 # The steps of opening a round in their order, by DVC's stage or the loop's own name.
 STEPS = {
     "control": "train the baseline",
+    "control_evaluate": "evaluate the baseline",
     "train": "train with the corrections",
     "predict": "predict every image",
     "evaluate": "compute the metrics",
     "select": "select the batch",
-    "gate": "judge the model",
+    "judge": "judge the model",
     "register": "register the model",
     "ask": "send the batch to Label Studio",
 }

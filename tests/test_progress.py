@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from abn.stage import printed_progress, progress
-from flows.progress import SILENCE, STEPS, Lines, StageLines, in_words, listening, report_step
+from flows.progress import SILENCE, STEPS, Lines, StageLines, in_words, listening, report_step, shown_on
 
 
 def heard(lines: list[str]) -> tuple[list[tuple[str, int, int, str]], list[str]]:
@@ -80,6 +83,28 @@ def test_a_log_gets_a_line_at_the_beginning_now_and_then_and_at_the_end() -> Non
     assert lines[2] == f"{what}, 11 of 100, about 89 s left, epoch 1/2"  # making ready does not count
     assert lines[-1] == f"{what}, 100 of 100, took 2 min, epoch 3/2"
     assert len(lines) == 2 + 99 // SILENCE + 1
+
+
+def test_the_time_that_is_left_begins_anew_where_work_is_done_once_more() -> None:
+    now, lines = 0.0, list[str]()
+    log = Lines(lines.append, lambda: now)
+    for step in [*range(1, 51), *range(1, 51)]:
+        log("propagate masks", step, 50, "")
+        now += 1.0
+    assert lines.count("propagate masks, 50 of 50, took 49 s") == 2
+    assert "propagate masks, 11 of 50, about 39 s left" in lines and not any("min left" in line for line in lines)
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a", "b"]])
+def test_bars_are_drawn_on_a_terminal(names: list[str]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with shown_on(console) as on_progress:
+        for name in names:
+            for step in (1, 2, 3):
+                on_progress(f"[x] {name}", step, 3, "epoch 1/1")
+    assert isinstance(console.file, io.StringIO)
+    drawn = console.file.getvalue()
+    assert "[x] a" in drawn and "100%" in drawn and "epoch 1/1" in drawn
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (75, "75 s"), (600, "10 min"), (9000, "2.5 h")])

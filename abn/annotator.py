@@ -196,7 +196,7 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         mask_loss(logits, wanted).backward()
         optimizer.step()
-        progress(f"learning to propagate masks, at most {sum(CYCLES)} steps", step + 1, steps)
+        progress("learning to propagate masks", step + 1, steps)
 
 
 def _trust(drawn: dict[int, UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 h w"]) -> float:

@@ -612,7 +612,8 @@ def change_settings(path: Path, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is not a setting{suggest(name, known)}")
         section, _, key = name.partition(".")
         present = params[section][key]
-        if _kind(value) is not _kind(present) and (_kind(present), _kind(value)) != (float, int):
+        # A number is one to YAML: `0` may stand for a float. Which it has to be the section's dataclass knows.
+        if _kind(value) is not _kind(present) and not {_kind(value), _kind(present)} <= {int, float}:
             raise ValueError(f"{name} is {value!r}; it must be of type {_kind(present).__name__}, as {present} is")
         if isinstance(value, list):
             value = ruamel.yaml.CommentedSeq(value)

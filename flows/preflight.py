@@ -107,14 +107,17 @@ def check_network(config: ModelConfig, size: tuple[int, int], folder: Path = Pat
     from abn.backbones import make_body, torchvision_weights
     from abn.model import ABN
 
-    with torch.device("meta"), torch.no_grad():  # nothing is computed or kept in memory
-        network = ABN(replace(config, weights="none"), classes=2).eval()
-        try:
-            network(torch.zeros(1, 3, *size))
-        except RuntimeError as error:
-            raise ValueError(
-                f"data.size is {list(size)}, too small for {config.backbone}; take larger pictures"
-            ) from error
+    plain = replace(config, weights="none")
+    try:
+        with torch.device("meta"):  # where nothing is computed or kept in memory
+            network = ABN(plain, classes=2)
+    except NotImplementedError:  # RegNet's constructor computes with tensors
+        network = ABN(plain, classes=2)
+    try:
+        with torch.no_grad():
+            network.to("meta").eval()(torch.zeros(1, 3, *size, device="meta"))
+    except RuntimeError as error:
+        raise ValueError(f"data.size is {list(size)}, too small for {config.backbone}; take larger pictures") from error
     name, weights = config.backbone, config.weights
     if weights == "none":
         return

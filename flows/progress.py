@@ -19,11 +19,12 @@ SILENCE = 10.0  # seconds between two lines about the same work, where there is 
 # The steps of opening a round in their order, by DVC's stage or the loop's own name.
 STEPS = {
     "control": "train the baseline",
+    "control_evaluate": "evaluate the baseline",
     "train": "train with the corrections",
     "predict": "predict every image",
     "evaluate": "compute the metrics",
     "select": "select the batch",
-    "gate": "judge the model",
+    "judge": "judge the model",
     "register": "register the model",
     "ask": "send the batch to Label Studio",
 }
@@ -98,17 +99,18 @@ def shown_on(console: Console) -> Iterator[Listener]:
 
         def on_progress(what: str, done: int, total: int, detail: str = "") -> None:
             if what not in tasks:
-                for earlier in tasks.values():  # what comes next begins when the work before it has ended
-                    if not bars.tasks[bars.task_ids.index(earlier)].finished:
-                        bars.update(earlier, completed=bars.tasks[bars.task_ids.index(earlier)].total)
+                for task in bars.tasks:  # what comes next begins when the work before it has ended
+                    bars.update(task.id, completed=task.total)
                 tasks[what] = bars.add_task(escape(what), detail="")
+            elif done < next(task.completed for task in bars.tasks if task.id == tasks[what]):
+                bars.reset(tasks[what])  # the same work once more, such as another cycle of steps
             bars.update(tasks[what], completed=done, total=total, detail=escape(detail))
 
         yield on_progress
 
 
 class Lines:
-    """Progress for a log: a line when something begins, every `SILENCE` seconds, and when it has ended."""
+    """Progress for a log: a line when a step begins, every `SILENCE` seconds, and when some work has ended."""
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write, self.clock = write, clock
@@ -116,13 +118,18 @@ class Lines:
         self.pace: dict[
             str, tuple[float, int]
         ] = {}  # when some of it was first done, and how much; making ready is not
-        self.told = 0.0
+        self.done: dict[str, int] = {}
+        self.told = -SILENCE
 
     def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
+        if done < self.done.get(what, 0):  # the same work once more, such as another cycle of steps
+            self.begun.pop(what)
+            self.pace.pop(what, None)
+        self.done[what] = done
         now, first, ended = self.clock(), what not in self.begun, done >= total
         began = self.begun.setdefault(what, now)
         since, before = self.pace.setdefault(what, (now, done)) if done else (now, done)
-        if not (first or ended or now - self.told >= SILENCE):
+        if not ((first and total == 1) or ended or now - self.told >= SILENCE):
             return
         self.told = now
         words = [f"{what}, {done} of {total}" if total > 1 else what]

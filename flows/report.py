@@ -25,7 +25,7 @@ from flows.workspace import Workspace
 IMAGES = 8  # of the test set, shown under each round's attention
 COLUMNS = 5  # rounds whose attention is shown, at most
 PREDICTIONS = "results/predictions"
-WIDTH, HEIGHT, MARGIN = 680, 240, 44  # of the chart, in the units of its drawing
+WIDTH, HEIGHT, MARGIN = 720, 290, 50  # of the chart, in the units of its drawing
 # The lines of the chart: title, key of a round's summary, class in report.html.
 LINES = (
     ("test accuracy", "test_accuracy", "test"),

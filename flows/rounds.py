@@ -98,6 +98,9 @@ from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
 LEAST_GOLD = 10  # masks a split, if labelers are asked for any
+ENOUGH_GOLD = (
+    60  # masks of val, or all of it: from fewer no model is refused because nothing speaks for it (gate_rule.py)
+)
 network_step = task(retries=3, retry_delay_seconds=[2, 10, 30], cache_policy=NO_CACHE, persist_result=False)
 science_step = task(cache_policy=NO_CACHE, persist_result=False)
 
@@ -451,9 +454,13 @@ def _judged(place: Workspace, round_: Round, model: str, champion: Mapping[str, 
     elif champion:
         compared = compare(place.root, place.champion, place.model)
         config = load_section(LabelingConfig, place.params, "labeling")
-        judged_by = int(np.isfinite(compared.champion.context_reliance).sum())
-        wanted = min(config.gold, judged_by + askable(compared.samples, MaskShards(place.root))["val"])
+        masks = int(np.isfinite(compared.champion.context_reliance).sum())
+        waiting = askable(compared.samples, MaskShards(place.root))["val"]
+        wanted = min(max(config.gold, ENOUGH_GOLD), masks + waiting)
         judgement = judge(compared, load_section(GateConfig, place.params, "gate"), wanted)
+        if judgement.verdict == "undecided" and masks >= config.gold:
+            remedy = f"labelers are asked for {config.gold}; set labeling.gold to {ENOUGH_GOLD} and commit it"
+            judgement = judgement._replace(reason=f"{judgement.reason}; {remedy}")
         rows = compared.rows()
         names = [sample.id for sample in compared.samples]
         models = [

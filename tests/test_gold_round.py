@@ -32,15 +32,14 @@ pytestmark = [
 ]
 
 PROJECT = Path(__file__).resolve().parent.parent
-CLASSES, COUNTS = ("0", "1", "7"), {"train": 30, "val": 12, "test": 6}  # pictures a class
-BUDGET, WANTED = 8, 10
+CLASSES, COUNTS = ("0", "1", "7"), {"train": 30, "val": 4, "test": 6}  # pictures a class
+BUDGET, WANTED = 10, 12  # all of val, which is less than the default of labeling.gold
 SETTINGS = {
     "data.flip": False,
     "model.backbone": "cifar_resnet8",
     "train.epochs": 3,
     "train.batch_size": 32,
     "selection.budget": BUDGET,
-    "labeling.gold": WANTED,
     "labeling.gold_share": 1.0,
     **{f"services.{name}_port": 0 for name in ("label_studio", "prefect", "mlflow", "live")},
 }
@@ -149,7 +148,7 @@ def splits_of(place: Workspace, batch: list[dict[str, str]]) -> Counter[str]:
 
 
 def test_the_first_batch_is_half_gold_and_the_screen_does_not_tell(place: Workspace, story: Story) -> None:
-    assert splits_of(place, story.first_open.batch) == {"train": 4, "val": 3, "test": 1}
+    assert splits_of(place, story.first_open.batch) == {"train": 5, "val": 4, "test": 1}
     assert {row["purpose"] for row in story.first_open.batch if row["sample"] in place_gold(place)} <= {GOLD}
     tasks = story.first_open.tasks.values()
     assert len({frozenset(task["data"]) for task in tasks}) == 1, "all tasks hold the same fields"
@@ -162,8 +161,8 @@ def place_gold(place: Workspace) -> set[str]:
 
 
 def test_gold_answers_are_versioned_and_teach_nothing(place: Workspace, story: Story) -> None:
-    assert story.first_closed.gold == {"val": 3, "test": 1}
-    assert (story.first_closed.state["collected"], story.first_closed.state["gold_collected"]) == (4, 4)
+    assert story.first_closed.gold == {"val": 4, "test": 1}
+    assert (story.first_closed.state["collected"], story.first_closed.state["gold_collected"]) == (5, 5)
     git = Git(place.root)
     assert git.content("round/0001", "data/gold.csv") is not None
     assert not read_gold(place.root).keys() & read_corrections(place.root).keys()
@@ -175,10 +174,10 @@ def test_gold_answers_are_versioned_and_teach_nothing(place: Workspace, story: S
 
 def test_with_too_little_gold_the_gate_is_undecided_and_the_champion_stays(place: Workspace, story: Story) -> None:
     state = story.undecided.state
-    assert (state["decision"], state["promoted"], state["verdict"]["missing_gold"]) == ("undecided", False, WANTED - 3)
-    assert "7 more gold masks" in state["gate"]
+    assert (state["decision"], state["promoted"], state["verdict"]["missing_gold"]) == ("undecided", False, 6)
+    assert "6 more gold masks" in state["gate"]
     assert story.undecided.alias == "1"
-    assert splits_of(place, story.undecided.batch) == {"val": 7, "test": 1}, "what is missing comes first"
+    assert splits_of(place, story.undecided.batch) == {"val": 8, "test": 2}, "what is missing comes first"
 
 
 def test_the_same_model_is_judged_again_once_the_gold_is_there_without_training(place: Workspace, story: Story) -> None:

@@ -98,9 +98,7 @@ from labeling.simulator import Faults, simulate
 from labeling.tasks import Question, make_task
 
 LEAST_GOLD = 10  # masks a split, if labelers are asked for any
-ENOUGH_GOLD = (
-    60  # masks of val, or all of it: from fewer no model is refused because nothing speaks for it (gate_rule.py)
-)
+ENOUGH_GOLD = 60  # masks of val, or all of it: with fewer no model is refused because too little speaks for it
 network_step = task(retries=3, retry_delay_seconds=[2, 10, 30], cache_policy=NO_CACHE, persist_result=False)
 science_step = task(cache_policy=NO_CACHE, persist_result=False)
 
@@ -542,7 +540,6 @@ def decide(place: Workspace, round_: Round) -> None:
         **_lineage_files(facts),
     }
     tracker.log_files(runs["round"], files)
-    tracker.log_files(runs["select"], {"batch.csv": place.batch})
     if verdict["promoted"]:
         _promote(place, round_, known["model_version"], verdict, metrics["val"])
     tracker.describe_model(describe_history(record(place, round_, {**state, **known})))
@@ -645,7 +642,9 @@ def ask(place: Workspace, round_: Round) -> None:
     pushed = studio.push(project, tasks, lambda done, total: report_step("ask", done, total))
     write_json(round_.tasks, {"project": project, "tasks": pushed})
     told = {"abnloop.label_studio_project": project} | ({"abnloop.stopped": stopped} if stopped else {})
-    tracker_of(place).tag(state["mlflow_runs"]["round"], told)
+    tracker, runs = tracker_of(place), state["mlflow_runs"]
+    tracker.tag(runs["round"], told)
+    tracker.log_files(runs["select"], {"batch.csv": round_.batch})
     url = f"{studio.url}/projects/{project}/data?task="
     rows = [{**row, "task": f"[{pushed[row['sample']]}]({url}{pushed[row['sample']]})"} for row in _read_batch(round_)]
     create_markdown_artifact(key=f"batch-{round_.name}", markdown=_markdown(rows), description="Who is asked, and why.")

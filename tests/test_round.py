@@ -575,7 +575,7 @@ def test_a_task_shows_the_map_as_a_prediction_that_can_be_edited(first: Open) ->
 
 
 def test_a_task_names_both_classes_and_why_it_is_asked(place: Workspace, first: Open) -> None:
-    batch = {row["sample"]: row["reason"] for row in read_csv(place.round(1).batch)}
+    batch = {row["sample"]: row["shown"] for row in read_csv(place.round(1).batch)}
     labels = {row["id"]: row["label"] for row in read_csv(place.manifest)}
     for task in first.tasks.values():
         data, meta, sample = task["data"], task["meta"], task["data"]["sample"]
@@ -999,7 +999,7 @@ def test_mlflow_tells_the_history_of_the_champion(place: Workspace, second: Seco
     for version in decided:
         promoted = version.tags["abnloop.promoted"] == "True"
         champion = str(version.version) if promoted else champion
-        history.append((str(version.version), "promoted" if promoted else "refused", champion))
+        history.append((str(version.version), version.tags["abnloop.decision"], champion))
     rows = read_csv(place.decisions)
     assert [(row["model_version"], row["decision"], row["champion"]) for row in rows] == history
     assert mlflow_client().get_model_version_by_alias(NAME, "champion").version == champion

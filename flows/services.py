@@ -333,6 +333,8 @@ def _commands(workspace: Workspace, name: str, port: int) -> tuple[Sequence[str]
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # doctor tells when it complained last
+            # Runs of 90 days ago are deleted: there are hundreds a day.
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
             # On disk, so that a restarted server still knows whose slots it has to free.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,11 +260,24 @@ def test_doctor_sees_a_schedule_that_fires_nothing_and_what_prefect_complains_of
 
     # A run that is due, and nobody serves.
     (known,) = services.ask_prefect(workspace, "deployments/filter", {"deployments": {"name": {"any_": ["collect"]}}})
-    due = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2026-01-02T03:04:05+00:00"}}
-    services.ask_prefect(workspace, f"deployments/{known['id']}/create_flow_run", {"state": due})
+    missed = [datetime.now(UTC) - timedelta(days=days) for days in (3, 2, 1)]
+    for date in missed:
+        due = {"type": "SCHEDULED", "state_details": {"scheduled_time": date.isoformat()}}
+        services.ask_prefect(workspace, f"deployments/{known['id']}/create_flow_run", {"state": due})
     (late,) = [one for one in examination._check_schedule(workspace) if "late" in one.what]
-    assert late.what.startswith("1 runs of the deployment collect are late, the first since 2026-01-0")
+    assert late.what.startswith(f"3 runs of the deployment collect are late, the first since {missed[0]:%Y-%m}")
     assert late.remedy == "nothing takes them: start `abnloop serve`"
+
+    # Of the runs of a cron that were missed the latest is made up for.
+    database = sqlite3.connect(workspace.prefect / "prefect.db", timeout=60)
+    with closing(database), database:
+        database.execute("UPDATE flow_run SET auto_scheduled = 1")
+    drop = deploy.partition("from flows.serve")[0] + "from flows.serve import drop_missed_runs\n"
+    command = [sys.executable, "-c", drop + "print(drop_missed_runs())", str(workspace.root)]
+    done = subprocess.run(command, cwd=PROJECT, env=clean, check=True, capture_output=True, text=True)
+    assert done.stdout == "2\n"
+    (kept,) = services.ask_prefect(workspace, "flow_runs/filter", {})
+    assert datetime.fromisoformat(kept["expected_start_time"].replace("Z", "+00:00")) == missed[2]
 
     assert examination._check_logs(workspace) == []
     database = sqlite3.connect(workspace.prefect / "prefect.db", timeout=60)

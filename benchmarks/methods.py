@@ -76,14 +76,15 @@ class Examples:
     images: UInt8[Tensor, "n 3 h w"]
     labels: Int[Tensor, "n"]
     masks: UInt8[Tensor, "n 1 h w"]  # 255 where something may be evidence; what lies outside may not
-    has_mask: Bool[Tensor, "n"]
+    has_mask: Bool[Tensor, "n"]  # a person gave it
+    trust: Float[Tensor, "n"]  # 0..1: 1 for a person's mask, less for a pseudo-mask, 0 without any
     groups: Int[Tensor, "n"]  # class x value of the confound, counted from 0; only group DRO looks at them
 
     @classmethod
     def of(cls, pictures: Pictures, groups: Int[np.ndarray, "n"]) -> Examples:
-        """All pictures and the masks that people gave."""
+        """All pictures and their masks."""
         batch = pictures[list(range(len(pictures)))]
-        return cls(batch.images, batch.labels, batch.masks, batch.has_mask, torch.from_numpy(groups))
+        return cls(batch.images, batch.labels, batch.masks, batch.has_mask, batch.trust, torch.from_numpy(groups))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,6 +97,7 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "b"]
     masks: Float[Tensor, "b 1 h w"]
     has_mask: Bool[Tensor, "b"]
+    trust: Float[Tensor, "b"]
     groups: Int[Tensor, "b"]
 
 
@@ -120,6 +122,7 @@ def fit(
     steps = max(1, round(len(examples) / config.batch_size))
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch + 1)
+        torch.manual_seed(config.seed * 1_000_003 + epoch + 1)  # of what an objective draws
         batches = epoch_batches(len(rows), [], config.batch_size, 0.0, generator)
         for step, drawn in zip(range(steps), batches, strict=False):
             for group in optimizer.param_groups:
@@ -139,7 +142,8 @@ def _batch(examples: Examples, rows: Sequence[int], settings: Settings, generato
     images, masks = examples.images[chosen].float() / 255, examples.masks[chosen].float() / 255
     images, masks = augment(images, masks, settings.data, generator)
     images = images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, examples.labels[chosen], masks, examples.has_mask[chosen], examples.groups[chosen])
+    given, trust = examples.has_mask[chosen], examples.trust[chosen]
+    return Batch(images, examples.labels[chosen], masks, given, trust, examples.groups[chosen])
 
 
 @torch.no_grad()
@@ -221,6 +225,18 @@ def caipi(network: nn.Module, batch: Batch) -> Tensor:
     noise = torch.rand_like(images[:, :1]).expand_as(images)
     shown = torch.cat([batch.images, masks * images + (1 - masks) * noise])
     return class_losses(network(shown), torch.cat([batch.labels, batch.labels[batch.has_mask]])).mean()
+
+
+def background_swap(network: nn.Module, batch: Batch) -> Tensor:
+    """What of ours needs no attention branch: pictures in the background of another one, as often as their masks are
+    trusted (abn/context.py). The map loss, mask erasing and what hides spurious regions are not in it."""
+    generator = torch.Generator().manual_seed(int(torch.randint(1 << 31, (1,))))
+    marked = binarised(batch.masks)
+    elsewhere = in_another_context(batch.images, marked, generator)
+    moved = torch.rand(len(marked), generator=generator).to(batch.trust.device) < batch.trust
+    moved &= marked.flatten(1).any(dim=1)
+    images = torch.where(moved.view(-1, 1, 1, 1), elsewhere, batch.images)
+    return class_losses(network(images), batch.labels).mean()
 
 
 def group_dro(groups: int) -> Objective:

@@ -11,7 +11,9 @@ published, no picture is moved or mirrored in training. Two kinds of masks are g
 - all but the square (methods named -square), as Ross et al. and Schramowski et al. mark it: it says what misleads, and
   so more than a labeler who does not know the confound could say.
 
-What is called `ours-1%` has ink masks of 1 % of the pictures and the project's default settings.
+What is called `ours-1%` has ink masks of 1 % of the pictures and the project's default settings. `swap-1%` is what a
+network without an attention branch can have of that: as many masks, propagated to the other pictures, and background
+replacement.
 """
 
 from __future__ import annotations
@@ -31,9 +33,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from torch import nn
 
+from abn.annotator import annotate
+from abn.data import Pictures
 from abn.files import write_json
+from abn.manifest import Sample
 from abn.model import ABN, load_model
 from abn.train import Settings, train
 from benchmarks.correction import (
@@ -50,13 +56,14 @@ from benchmarks.correction import (
     summary,
     worst_group,
 )
-from benchmarks.data import confound, load
+from benchmarks.data import choose, confound, load
 from benchmarks.methods import (
     Examples,
     Objective,
     PlainCnn,
     PlainMlp,
     answers,
+    background_swap,
     caipi,
     dfr,
     energy,
@@ -80,9 +87,10 @@ FIGURES = ("accuracy", "worst_group", "clean")
 class Method:
     """How a network is trained on pictures in memory."""
 
-    masks: str = ""  # which all pictures have: ink, square or none
+    masks: str = ""  # ink, square or none
     objective: Callable[[], Objective] = lambda: erm
     plain: bool = False  # trained without the square
+    share: float = 1.0  # of the pictures have such a mask; where that is less than 1 the others get pseudo-masks
 
 
 # Trained by abn.train: what is changed in params.yaml, and the share of the pictures with a mask of the ink.
@@ -106,6 +114,9 @@ BY_METHOD = {
     "jtt": Method(),
     "group-dro": Method(objective=lambda: group_dro(DIGITS)),
     "dfr": Method("ink"),
+    "swap-0.1%": Method("ink", lambda: background_swap, share=0.001),
+    "swap-1%": Method("ink", lambda: background_swap, share=0.01),
+    "swap-10%": Method("ink", lambda: background_swap, share=0.1),
 }
 _EACH = [f"{network}:{name}" for network in EPOCHS for name in BY_METHOD]
 ARMS = tuple(arm for arm in dict.fromkeys([*_EACH, *BY_SETTINGS]) if arm != "mlp:energy")  # an MLP has no map
@@ -118,6 +129,31 @@ PUBLISHED: tuple[tuple[str, float, float | None, str], ...] = (
     ("MLP, RRR, all squares", 0.923, 0.854, "the same"),
     ("MLP, R4, all squares", 0.970, 0.948, "the same; the best there"),
 )
+
+
+class InMemory(Pictures):
+    """Pictures that need no files: masks are given of the rows `corrected`."""
+
+    def __init__(
+        self,
+        images: UInt8[torch.Tensor, "n 3 h w"],
+        labels: Int[np.ndarray, "n"],
+        masks: UInt8[torch.Tensor, "n 1 h w"],
+        corrected: Sequence[int],
+    ) -> None:
+        known = set(corrected)
+        samples = [
+            Sample(str(row), "", str(label), "train", masks="given" if row in known else "", painted=True)
+            for row, label in enumerate(labels.tolist())
+        ]
+        super().__init__("", samples, [str(digit) for digit in range(DIGITS)], SIZE)
+        self.images, self.masks = images, masks
+
+    def _image(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+    def _mask(self, index: int) -> torch.Tensor | None:
+        return self.masks[index] if self.samples[index].masks else None
 
 
 class DecoyMnist:
@@ -141,11 +177,19 @@ class DecoyMnist:
         return Problem(self.root, self.spec, self.seed)
 
     def examples(self, method: Method) -> Examples:
-        labels = torch.from_numpy(self.labels)
-        given = self.masks[method.masks] if method.masks else np.zeros((len(labels), *SIZE), dtype=bool)
-        masks = torch.from_numpy(given)[:, None]
+        """Pictures and masks; those that nobody gave are propagated from those that somebody did."""
         images = self.images["plain" if method.plain else "decoy"]
-        return Examples(images, labels, masks.to(torch.uint8) * 255, masks.flatten(1).any(dim=1), labels)
+        masks = self.masks[method.masks] if method.masks else np.zeros((len(images), *SIZE), dtype=bool)
+        order = np.random.default_rng([self.seed, 5]).permutation(len(images)).tolist()
+        rows = choose(self.labels, order)[: max(1, round(method.share * len(images)))]
+        corrected = sorted(row for row in rows if masks[row].any())
+        pictures = InMemory(images, self.labels, _mask_tensor(masks), corrected)
+        if method.share < 1:
+            settings = _settings("cnn:baseline", self.seed, None).data
+            pictures.drawn, pictures.trust = annotate(
+                pictures, corrected, DIGITS, settings, self.seed, torch.device("cpu")
+            )
+        return Examples.of(pictures, self.labels)
 
     def run(self, arm: str, settings: Settings) -> dict[str, float]:
         """Trains and tests one arm: `accuracy` and `worst_group` with the square of a random digit, accuracy `clean`,
@@ -193,6 +237,10 @@ class DecoyMnist:
         if name == "dfr":
             dfr(trained, examples, self.seed)
         return trained
+
+
+def _mask_tensor(masks: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(masks)[:, None].to(torch.uint8) * 255
 
 
 def _tensor(images: np.ndarray) -> torch.Tensor:

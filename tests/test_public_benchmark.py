@@ -38,13 +38,16 @@ def examples(count: int = 48, has_mask: bool = True) -> Examples:
     masks = torch.zeros(count, 1, *SIZE, dtype=torch.uint8)
     for row, label in enumerate(labels.tolist()):
         place = (slice(13, 15), slice(6, 22)) if label else (slice(6, 22), slice(13, 15))
-        images[row, :, *place], masks[row, 0, *place] = 200 + row, 255
+        images[row, :, *place], masks[row, 0, *place] = 200 + row % 48, 255
         images[row, :, :4, :4] = 80 + 120 * label
-    return Examples(images, labels, masks, torch.full((count,), has_mask), labels)
+    given = torch.full((count,), has_mask)
+    return Examples(images, labels, masks, given, given.float(), labels)
 
 
 def batch_of(shown: Examples) -> Batch:
-    return Batch(shown.images.float() / 255, shown.labels, shown.masks.float() / 255, shown.has_mask, shown.groups)
+    return Batch(
+        shown.images.float() / 255, shown.labels, shown.masks.float() / 255, shown.has_mask, shown.trust, shown.groups
+    )
 
 
 def network(kind: type[nn.Module] = PlainCnn) -> nn.Module:
@@ -145,6 +148,26 @@ def test_the_energy_loss_draws_the_map_into_the_masks(make: methods.Make, weight
         return methods.energy_map_loss(maps, masks).mean().item()
 
     assert outside(methods.energy(weight)) < 0.95 * outside(erm)
+
+
+def test_a_background_is_swapped_as_often_as_its_mask_is_trusted() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, images: torch.Tensor) -> methods.PlainOutput:
+            seen.append(images)
+            return methods.PlainOutput(images.new_zeros(len(images), 2), None, images)
+
+    shown = replace(examples(600), trust=torch.arange(600) % 3 / 2)  # 0, 0.5 and 1
+    batch = batch_of(shown)
+    torch.manual_seed(0)
+    methods.background_swap(Spy(), batch)
+    inside = batch.masks > 0
+    assert torch.equal(seen[0] * inside, batch.images * inside)
+    moved = (seen[0] != batch.images).flatten(1).any(dim=1).float()
+    shares = [moved[shown.trust == trust].mean().item() for trust in (0, 0.5, 1)]
+    # Half of the pictures get a background of their own class, whose corner looks the same.
+    assert shares[0] == 0 and 0.15 < shares[1] < 0.35 and 0.4 < shares[2] < 0.6
 
 
 def test_group_dro_raises_the_weight_of_the_worst_group() -> None:
@@ -260,6 +283,7 @@ def test_every_arm_trains_and_a_second_run_trains_nothing(
 ) -> None:
     monkeypatch.setattr("abn.train.annotate", lambda *problem: ({}, {}))
     monkeypatch.setattr("abn.train.find_shortcuts", lambda *problem: {})
+    monkeypatch.setattr(public, "annotate", lambda *problem: ({}, {}))
     monkeypatch.setattr(methods, "VIEWS", 60)
     arguments = ["--path", str(mnist), "--train", "60", "--epochs", "1", "--keep", str(tmp_path / "keep")]
     arms = [arm for arm in public.ARMS if not arm.startswith("abn:") or arm in public.BY_SETTINGS]
@@ -281,6 +305,23 @@ def test_the_masks_of_an_arm_are_the_ink_or_all_but_the_square(mnist: Path, tmp_
     clean = decoy.examples(public.BY_METHOD["upper"]).images
     assert ((clean != ink.images).any(dim=1) == (square.masks == 0)[:, 0]).all()
     assert decoy.tests["plain"].shape == (60, 3, *SIZE)
+
+
+def test_masks_that_nobody_gave_are_propagated_from_those_that_somebody_did(
+    mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a confound's square in the propagated masks, from one mask of each class."""
+    monkeypatch.setattr("abn.annotator.CYCLES", (60,))
+    decoy = public.DecoyMnist(tmp_path / "problem", str(mnist), 60, 0)
+    shown = decoy.examples(replace(public.BY_METHOD["swap-10%"], share=0.2))
+    assert shown.has_mask.sum() == 12 and (shown.trust[shown.has_mask] == 1).all()
+    assert np.bincount(shown.labels[shown.has_mask]).min() == 1
+    others = ~shown.has_mask & (shown.trust > 0)
+    ink = torch.from_numpy(decoy.masks["ink"])[:, None]
+    drawn = shown.masks > 127
+    overlap = (drawn & ink).sum(dim=(1, 2, 3)) / (drawn | ink).sum(dim=(1, 2, 3))
+    assert others.sum() > 40 and overlap[others].mean() > 0.6
+    assert torch.equal(drawn[shown.has_mask], ink[shown.has_mask])
 
 
 def test_ours_has_the_share_of_masks_that_its_name_says(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import os
-import warnings
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,6 +24,10 @@ from flows.summary import summarise
 from flows.versions import Dvc, Git
 from flows.withdrawals import withdraw
 from flows.workspace import Workspace, decision_of, open_workspace, read_json, read_table
+from labeling.client import LabelStudio
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 pytestmark = [
     pytest.mark.studio,
@@ -33,6 +37,7 @@ pytestmark = [
 
 PROJECT = Path(__file__).resolve().parent.parent
 CLASSES, COUNTS = ("0", "1", "7"), {"train": 30, "val": 4, "test": 6}  # pictures a class
+NAME = "digits"  # of the workspace, and so of the model
 BUDGET, WANTED = 10, 12  # all of val, which is less than the default of labeling.gold
 SETTINGS = {
     "data.flip": False,
@@ -47,10 +52,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """Digits whose masks simulated labelers alone know, the services up, this process connected to them."""
+    """Digits whose masks simulated labelers alone know, and the services up."""
     root = tmp_path_factory.mktemp("gold")
-    environment = dict(os.environ)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     with write_digits(root / "source").open(newline="") as file:
         rows, seen, chosen = list(csv.DictReader(file)), Counter[tuple[str, str]](), []
     for row in rows:
@@ -68,31 +71,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     workspace = open_workspace(root / "digits")
     try:
         services.up(workspace)
-        services.connect(workspace)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow warns of its own types while it is imported
-            importlib.import_module("mlflow.pyfunc")
         yield workspace
     finally:
-        services.disconnect()
         services.down(workspace)
-        os.environ.clear()
-        os.environ.update(environment)
 
 
-def run_round(place: Workspace) -> None:
-    from flows import rounds
+def abnloop(place: Workspace, *words: str) -> str:
+    """What the command prints; it must succeed. In a process of its own: Prefect reads its addresses once a process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *words, "--workspace", str(place.root)],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "1000"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
-    assert isinstance(rounds.open_round(str(place.root)), rounds.Opened)
+
+def answer_and_collect(place: Workspace) -> str:
+    abnloop(place, "simulate")
+    said = abnloop(place, "round", "collect")
+    assert "is closed with" in said
+    return said
 
 
-def answer_and_collect(place: Workspace) -> Any:
-    from flows import rounds
+def mlflow_of(place: Workspace) -> MlflowClient:
+    from mlflow.tracking import MlflowClient
 
-    rounds.simulate_labelers(place)
-    collected = rounds.collect_round(str(place.root))
-    assert isinstance(collected, rounds.Collected) and collected.closed
-    return collected
+    return MlflowClient(tracking_uri=services.addresses(place).mlflow)
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,8 @@ class Seen:
 
 
 def look(place: Workspace, number: int) -> Seen:
-    from flows.rounds import label_studio, tracker_of
-
-    studio, tracker = label_studio(place), tracker_of(place)
+    known = services.addresses(place)
+    studio = LabelStudio(known.label_studio, known.label_studio_token)
     asked = read_json(place.round(number).tasks)["tasks"]
     written = place.model.stat()
     return Seen(
@@ -116,7 +123,7 @@ def look(place: Workspace, number: int) -> Seen:
         read_table(place.round(number).batch),
         {sample: studio.task(task) for sample, task in asked.items()},
         (written.st_mtime_ns, written.st_ino),
-        str(tracker.client.get_model_version_by_alias(tracker.name, "champion").version),
+        str(mlflow_of(place).get_model_version_by_alias(NAME, "champion").version),
         gold_masks(place),
     )
 
@@ -132,14 +139,14 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(place: Workspace) -> Story:
-    run_round(place)
+    abnloop(place, "round", "open")
     first_open = look(place, 1)
     answer_and_collect(place)
     first_closed = look(place, 1)
-    run_round(place)
+    abnloop(place, "round", "open")
     undecided = look(place, 2)
-    collected = answer_and_collect(place)
-    return Story(first_open, first_closed, undecided, look(place, 2), str(collected))
+    said = answer_and_collect(place)
+    return Story(first_open, first_closed, undecided, look(place, 2), said)
 
 
 def splits_of(place: Workspace, batch: list[dict[str, str]]) -> Counter[str]:
@@ -196,15 +203,13 @@ def test_the_same_model_is_judged_again_once_the_gold_is_there_without_training(
 
 
 def test_mlflow_and_the_summary_tell_the_verdict_and_the_gold(place: Workspace, story: Story) -> None:
-    from flows.rounds import tracker_of
-
-    tracker = tracker_of(place)
-    run = tracker.client.get_run(story.judged_again.state["mlflow_runs"]["round"])
+    client = mlflow_of(place)
+    run = client.get_run(story.judged_again.state["mlflow_runs"]["round"])
     decision = story.judged_again.state["decision"]
     assert run.data.tags["abnloop.decision"] == decision
     assert run.data.metrics["gold.val"] == WANTED
     assert (run.data.metrics["evaluation.labels_changed"], run.data.metrics["evaluation.left_out"]) == (0, 0)
-    version = tracker.client.get_model_version(tracker.name, "2")
+    version = client.get_model_version(NAME, "2")
     assert version.tags["abnloop.decision"] == decision
     assert f"Judged by {WANTED} gold masks of val: admin@example.com ({WANTED})." in str(version.description)
     assert [one["verdict"] for one in summarise(place)] == ["promoted", decision]

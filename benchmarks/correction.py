@@ -52,11 +52,12 @@ class Spec:
 
 # What an arm changes in params.yaml. An empty mapping is what the project ships. Where masks teach nothing of the other
 # pictures, those that have one are shown often.
-OFTEN = {"corrections.share": 0.25}
+OFTEN = {"corrections.share": 0.25, "train.start": "scratch"}
 MAP_ALONE = {**OFTEN, "corrections.context_rate": 0.0, "corrections.propagate_rate": 0.0}
 NOTHING = {"corrections.recipe": "none"}
 ARMS: dict[str, dict[str, Any]] = {
     "control": NOTHING,
+    "baseline-long": NOTHING,  # the control with twice the epochs: as many as where `default` goes on from it
     "paper": {**OFTEN, "corrections.recipe": "paper", "corrections.map_loss": "l2", "train.start": "champion"},
     "l2": {**MAP_ALONE, "corrections.map_loss": "l2"},
     "l1": {**MAP_ALONE, "corrections.map_loss": "l1"},
@@ -66,11 +67,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "rrr": {**MAP_ALONE, "corrections.map_loss": "rrr"},
     "context": {**OFTEN, "corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
     "default": {},
+    "anew": {"train.start": "scratch"},  # the default, from scratch on swapped backgrounds whatever the baseline does
     "upper": NOTHING,  # and trained without the confound
     "upper_random": NOTHING,  # and trained with the confound at random: it has seen what it is tested on
 }
 NEEDED = ("control", "upper")  # every `recovered` hangs on them
-FIGURES = ("random_confound", "clean", "worst_class", "inside_mask")
+FIGURES = ("random_confound", "clean", "swapped", "worst_class", "inside_mask")
 COLUMNS = (*FIGURES, "recovered")
 # What each data set is trained with where the command says nothing: height and width, at most so many training
 # pictures, and changes to params.yaml. Digits are learned from scratch; photographs are too few for that.
@@ -199,15 +201,14 @@ class Problem:
         elif arm == "upper_random":
             samples = self.at_random()
         elif arm == "paper":
-            if not (self.root / "control/model.pt").is_file():  # its figures were kept, its weights were not
-                plain = replace(settings, corrections=replace(settings.corrections, recipe="none"))
-                self.run("control", replace(plain, train=replace(settings.train, start="scratch")))
-            shutil.copyfile(self.root / "control/model.pt", self.root / "models/start.pt")
+            shutil.copyfile(self._control(settings), self.root / "models/start.pt")
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
         elif settings.corrections.recipe != "none":
             samples = self.corrected(self.chosen, f"{arm}.npz")
+        goes_on = settings.corrections.recipe == "context" and settings.train.start == "baseline"
+        baseline = self._control(settings) if goes_on else None
         began = time.perf_counter()
-        train(self.root, samples, settings, self.root / arm, lambda line: None)
+        train(self.root, samples, settings, self.root / arm, lambda line: None, baseline=baseline)
         seconds = time.perf_counter() - began
         model, figures = load_model(self.root / arm / "model.pt"), {}
         for name, tested in self.test.items():
@@ -217,11 +218,19 @@ class Problem:
         return {
             "random_confound": found["balanced_accuracy"],
             "clean": figures["clean"]["balanced_accuracy"],
+            "swapped": figures["clean"].get("accuracy_in_other_context", float("nan")),
             "worst_class": found["worst_class_accuracy"],
             "inside_mask": found["attention_inside_mask"],
             "mask_share": found["mask_share"],
             "seconds": seconds,
         }
+
+    def _control(self, settings: Settings) -> Path:
+        """The weights of the control with otherwise these settings; where only its figures were kept it is trained."""
+        if not (self.root / "control/model.pt").is_file():
+            plain = replace(settings, corrections=replace(settings.corrections, recipe="none"))
+            self.run("control", replace(plain, train=replace(settings.train, start="scratch")))
+        return self.root / "control/model.pt"
 
 
 def levels(mask: np.ndarray) -> np.ndarray:
@@ -239,6 +248,8 @@ def run_seed(
         problem: Problem | None = None
         for arm in ["control", "upper", *(arm for arm in arms if arm not in NEEDED)]:
             settings = settings_with({"data.size": list(spec.size), **changes, **ARMS[arm], "train.seed": seed})
+            if arm == "baseline-long":
+                settings = replace(settings, train=replace(settings.train, epochs=2 * settings.train.epochs))
             kept = keep / f"{_name(spec, seed, arm, settings)}.json" if keep else None
             if kept and kept.is_file():
                 figures[arm] = json.loads(kept.read_text())
@@ -264,7 +275,7 @@ def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
     problem = asdict(spec)
     values = asdict(settings)
     if values["corrections"]["recipe"] == "none":
-        del problem["corrections"], problem["faults"]
+        del problem["corrections"], problem["faults"], values["train"]["start"]
         values["corrections"] = {}
     if arm.startswith("upper"):
         values[arm] = True

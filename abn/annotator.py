@@ -1,8 +1,10 @@
 """Masks for the pictures that nobody corrected, learned from the masks of those that people did.
 
-A small U-Net (Ronneberger et al., MICCAI 2015) is shown a picture and told its class, and draws what a person would
-mark. It is trained anew, in seconds, before each training of the network: what is told of a few pictures so reaches
-all of them. It knows nothing but the corrections and, where the network begins with pretrained weights, what those see.
+Small U-Nets (Ronneberger et al., MICCAI 2015) are shown a picture and told its class, and draw what a person would
+mark. They are trained anew, in seconds, before each training of the network: what is told of a few pictures so reaches
+all of them. They know nothing but the corrections and what pretrained weights, if there are any, see.
+Each is taught by a part of the corrections and judged by the rest (cross-fitting), so that every correction tells once
+how far to trust the masks drawn; a drawn mask is their mean.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from abn.stage import progress
 # Each cycle of steps begins with the learning rate anew (SGDR, Loshchilov and Hutter, ICLR 2017), and only where the
 # one before did not teach enough: a digit is learned in the first, a scratch on a metal tile takes both.
 CYCLES = (250, 500)
-BATCH_SIZE, LEARNING_RATE, WIDTH, LEVELS = 16, 4e-3, 8, 3
+BATCH_SIZE, LEARNING_RATE, WIDTH, LEVELS = 8, 4e-3, 8, 3
 AT_ONCE = 256  # pictures
 LARGEST = 64  # pixels: larger pictures are annotated at this size; steps are worth more than pixels in the same time
-HELD_OUT = 5  # every fifth correction tells how far to trust the masks that the others taught
+FOLDS = 3  # annotators; each is judged by every third correction, which the other two learn from
+FEWEST = 50  # steps of each, however small the data
 FAIR = 0.7  # an overlap with masks of people from which on the drawn ones are used like theirs
 
 
@@ -86,13 +89,15 @@ def annotate(
     device: torch.device,
     say: Callable[[str], None] = lambda text: None,
     pyramid: Pyramid | None = None,
+    most: int = FOLDS * sum(CYCLES),
 ) -> tuple[dict[int, UInt8[Tensor, "1 i j"]], dict[int, float]]:
     """Masks of the pictures that are not `corrected` (indices of those that are), and how far to trust each, 0..1.
 
     Masks are 0..255, at the pictures' size or, of larger pictures, at the annotator's. The trust is the mean overlap
     with masks of people that the annotator was not shown, over `FAIR`; of fewer corrections than `MANY_MASKS` none can
     be spared, and it is the overlap with those that it was shown. Small masks are compared as they are used, with what
-    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come.
+    lies around them. Where it finds nothing there is no mask. `say` is told how far it has come. All annotators
+    together take no more than `most` steps, but `FEWEST` each.
 
     `pyramid` is of the network's pretrained weights, if it has any. With it, and where pictures may be mirrored, a mask
     is the mean of the picture's and of its mirror image's, and where these overlap by less than `FAIR` it is not
@@ -102,22 +107,25 @@ def annotate(
     generator = torch.Generator().manual_seed(seed)
     # A shift counts the pictures' pixels; one of two is kept, since moving makes many examples of few.
     config = replace(config, shift=max(round(config.shift * _scale(pictures.size)), min(config.shift, 2)))
-    taught = judged = list(corrected)
-    if len(corrected) >= MANY_MASKS:
-        judged = taught[::HELD_OUT]
-        del taught[::HELD_OUT]
-    shown = examples(pictures, taught, device)
-    people = examples(pictures, judged, device)[2]
-    annotator = _begun(classes, pyramid, *shown[1:], generator).to(device)
-    best, trust = annotator, 0.0
-    for steps in CYCLES:
-        say(f"learning to draw masks from those of {len(taught)} pictures, {steps} steps")
-        _train(annotator, steps, *shown, config, generator)
-        reached = _trust(_masks(annotator, pictures, judged, device), people)
+    folds = _folds(sorted(corrected, key=lambda row: (int(pictures.labels[row]), row)))
+    shown = [examples(pictures, taught, device) for taught, _ in folds]
+    people = torch.cat([examples(pictures, judged, device)[2] for _, judged in folds])
+    annotators = [_begun(classes, pyramid, *taught[1:], generator).to(device) for taught in shown]
+    best, trust, left = annotators, 0.0, most // len(folds)
+    for cycle in CYCLES:
+        steps = max(min(cycle, left), FEWEST)
+        say(f"learning to draw masks from those of {len(corrected)} pictures, {len(folds)} x {steps} steps")
+        for annotator, taught in zip(annotators, shown, strict=True):
+            _train(annotator, steps, *taught, config, generator)
+        unseen: list[Tensor] = []
+        for annotator, (_, judged) in zip(annotators, folds, strict=True):
+            unseen += _masks([annotator], pictures, judged, device).values()
+        reached = _trust(unseen, people)
         say(f"the masks drawn can be trusted by {reached:.2f}")
         if reached >= trust:  # careless masks are learned by heart when there is time
-            best, trust = copy.deepcopy(annotator), reached
-        if trust == 1:
+            best, trust = copy.deepcopy(annotators), reached
+        left -= steps
+        if trust == 1 or left < CYCLES[0]:
             break
     rest = pictures.all_but(corrected)
     found = _masks(best, pictures, rest, device)
@@ -127,6 +135,15 @@ def annotate(
     # Copies, since what is a part of a batch's tensor is sent to other processes with all of it.
     drawn = {index: mask.clone() for index, mask in found.items() if (mask > 127).any()}
     return drawn, {index: trust * sure[index] for index in drawn}
+
+
+def _folds(corrected: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The corrections, in the order of their classes, that each annotator learns from and those that it is judged by:
+    of each class a part."""
+    if len(corrected) < MANY_MASKS:
+        return [(list(corrected), list(corrected))]
+    parts = [list(corrected[fold::FOLDS]) for fold in range(FOLDS)]
+    return [([row for row in corrected if row not in set(judged)], judged) for judged in parts]
 
 
 def _twice(
@@ -199,9 +216,9 @@ def _train(
         progress("learning to propagate masks", step + 1, steps)
 
 
-def _trust(drawn: dict[int, UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 h w"]) -> float:
+def _trust(drawn: Sequence[UInt8[Tensor, "1 h w"]], people: Float[Tensor, "n 1 h w"]) -> float:
     """How far to trust masks as `drawn`, 0..1, by those that people drew of the same pictures, in the same order."""
-    found = torch.stack(list(drawn.values())).to(people.device) / 255
+    found = torch.stack(list(drawn)).to(people.device) / 255
     both = (with_surroundings(binarised(masks)) for masks in (found, people))
     return min(1.0, overlap(*both).mean().item() / FAIR)
 
@@ -218,15 +235,21 @@ def mask_loss(logits: Float[Tensor, "b 1 h w"], masks: Float[Tensor, "b 1 h w"])
 
 @torch.no_grad()
 def _masks(
-    annotator: Annotator, pictures: Pictures, rows: Sequence[int], device: torch.device, mirrored: bool = False
+    annotators: Sequence[Annotator],
+    pictures: Pictures,
+    rows: Sequence[int],
+    device: torch.device,
+    mirrored: bool = False,
 ) -> dict[int, UInt8[Tensor, "1 h w"]]:
-    """What it draws in pictures or, for the same places, in their mirror images."""
+    """What they draw on average in pictures or, for the same places, in their mirror images."""
     found: dict[int, Tensor] = {}
     for batch in in_order(len(rows), AT_ONCE):
         part = [rows[i] for i in batch]
         images, labels, _ = examples(pictures, part, device)
-        drawn = annotator(images.flip(-1), labels).flip(-1) if mirrored else annotator(images, labels)
-        found |= dict(zip(part, (255 * drawn.sigmoid()).round().to(torch.uint8).cpu(), strict=True))
+        seen = images.flip(-1) if mirrored else images
+        drawn = torch.stack([annotator(seen, labels).sigmoid() for annotator in annotators]).mean(dim=0)
+        drawn = drawn.flip(-1) if mirrored else drawn
+        found |= dict(zip(part, (255 * drawn).round().to(torch.uint8).cpu(), strict=True))
     return found
 
 
@@ -247,6 +270,11 @@ def examples(
         labels.append(batch.labels.to(device))
         masks.append(still_marked(small(batch.masks)))
     return torch.cat(images), torch.cat(labels), torch.cat(masks)
+
+
+def affordable_steps(size: Sequence[int], seen: int) -> int:
+    """As many steps as cost about what training on `seen` pictures of this (height, width) does, by the pixels."""
+    return max(1, round(seen / BATCH_SIZE / _scale(size) ** 2))
 
 
 def _scale(size: Sequence[int]) -> float:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abn import parallel
-from abn.annotator import annotate
+from abn.annotator import affordable_steps, annotate
 from abn.backbones import make_parts
 from abn.config import load_section
 from abn.context import (
@@ -44,6 +45,7 @@ from abn.data import (
     Pictures,
     augment,
     epoch_batches,
+    in_order,
     loader,
 )
 from abn.early import is_early_epoch, write_early_confidence
@@ -53,6 +55,7 @@ from abn.losses import MAP_LOSSES, input_gradients
 from abn.manifest import Sample, class_names, training_samples, without_loose_masks
 from abn.model import ABN, ModelConfig, load_model, resize_map, save_model
 from abn.pyramid import Pyramid
+from abn.reliance import background_reliance
 from abn.shortcut import find_shortcuts
 from abn.stage import CONTROL, ROUND, Stage, printed_progress, progress
 
@@ -62,9 +65,16 @@ MOST = 0.9  # of a picture: if more were hidden, its label would be learned from
 CARELESS = 0.5
 
 
+# Where the baseline is gone on from: the share of the learning rate, of swapped views and of the trained weights in the
+# mean with the baseline's that is left where it relies on no background.
+LEAST_RATE, LEAST_SWAPPED, LEAST_WEIGHT = 0.1, 0.5, 0.5
+RENEWED = 1000  # pictures, by which the statistics of averaged weights are renewed
+FIND_FROM = 0.5  # of what has to be unlearned of a class, from which on regions that mislead are looked for
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    start: Literal["scratch", "champion"]
+    start: Literal["baseline", "scratch", "champion"]
     epochs: int
     batch_size: int
     learning_rate: float
@@ -89,12 +99,15 @@ class CorrectionsConfig:
     context_rate: float
     propagate_rate: float
     holes: float
-    narrow: bool = True  # settings from before it say nothing of it
+    narrow: bool = True  # settings from before it and the next say nothing of them
+    reliance_limit: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("share", "context_rate", "propagate_rate", "holes"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"corrections.{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not 0 < self.reliance_limit <= 1:
+            raise ValueError(f"corrections.reliance_limit is {self.reliance_limit}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -132,10 +145,15 @@ def train(
     output: Path,
     on_epoch: Callable[[dict[str, float]], None],
     say: Callable[[str], None] = lambda text: None,
+    baseline: Path | None = None,
 ) -> None:
     """Trains on the samples of the workspace at `root` into the folder `output`; `on_epoch` gets each line of
     train.jsonl, `say` what goes on before the first. The number of steps does not depend on the masks: without any,
-    this is the control."""
+    this is the control.
+
+    With `train.start: baseline` and masks, the model at the path `baseline`, of the same training without masks, is
+    asked how far it relies on backgrounds (abn/reliance.py). The less it does, the less is changed of it; where it
+    does wholly, or there is no such model, training begins from scratch."""
     config, device = settings.train, choose_device(settings.train.device)
     classes = class_names(samples)
     pictures = Pictures(root, without_loose_masks(training_samples(samples)), classes, settings.data.size)
@@ -144,32 +162,39 @@ def train(
         corrected = []
 
     rim, in_context = 0, bool(corrected) and settings.corrections.recipe == "context"
+    unlearning = parallel.from_first(lambda: _unlearning(pictures, corrected, classes, settings, baseline, device, say))
     if in_context and settings.corrections.narrow:
         rim = pictures.narrow_masks()
         if rim and parallel.is_first():
             say(f"the masks that people painted are {rim} pixels too wide; that rim is taken off")
     if in_context and settings.corrections.propagate_rate:
-        pyramid = _pyramid(settings.model)
+        pyramid, most = _pyramid(settings.model), affordable_steps(settings.data.size, config.epochs * len(pictures))
         pictures.drawn, pictures.trust = parallel.from_first(
-            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device, say, pyramid)
+            lambda: annotate(pictures, corrected, len(classes), settings.data, config.seed, device, say, pyramid, most)
         )
-        pictures.shortcuts = parallel.from_first(
-            lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, say)
-        )
+        misled = unlearning.by_class >= FIND_FROM
+        if misled.any():
+            found = parallel.from_first(
+                lambda: find_shortcuts(pictures, corrected, len(classes), config.seed, device, say)
+            )
+            pictures.shortcuts = {row: where for row, where in found.items() if misled[pictures.labels[row]]}
     torch.manual_seed(config.seed)
-    network = _starting_network(root, settings, classes)
+    goes_on = unlearning.amount < 1
+    network = _starting_network(root, settings, classes, baseline if goes_on else None)
     _check_size(network, settings)
     network = network.to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)
     optimizer = torch.optim.SGD(
         network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
-    objective = Objective(network, settings, device, bool(corrected), careless=rim > 0)
+    objective = Objective(
+        network, settings, device, bool(corrected), rim > 0, unlearning.swapped if in_context else None
+    )
     frozen = settings.corrections.recipe == "paper" and _has_champion(root, settings)
     if corrected and settings.corrections.recipe == "paper" and not frozen and parallel.is_first():
         say("corrections.recipe is paper, but nothing is frozen: this starts from scratch (train.start: champion)")
     network.extractor.requires_grad_(not frozen)
-    history = History(_fingerprint(root, samples, settings), output, network, optimizer)
+    history = History(_fingerprint(root, samples, settings, baseline), output, network, optimizer)
     if parallel.is_first():
         write_inferred(output / "inferred.npz", pictures, config.seed)
     parallel.wait()  # all have read the checkpoint before the first may remove it
@@ -184,7 +209,7 @@ def train(
         network.extractor.train(not frozen)  # the running means of its batch norms belong to its weights
         totals: dict[str, list[float]] = {}
         for step, batch in enumerate(loader(pictures, batches)):
-            rate = learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
+            rate = unlearning.rate * learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss, parts = objective(batch, generator)
@@ -211,21 +236,120 @@ def train(
         line = {"epoch": epoch, **means, "learning_rate": rate, "corrected": len(corrected), "seconds": seconds}
         trust = sum(pictures.trust.values()) / max(1, len(pictures) - len(corrected))
         line |= {"propagated": len(pictures.drawn), "trust": trust, "misled": len(pictures.shortcuts), "rim": rim}
+        line |= {"reliance": unlearning.reliance, "unlearned": unlearning.amount}
         if parallel.is_first():
             history.add(line)
             on_epoch(line)
+    if goes_on and baseline and unlearning.weight < 1:
+        average_weights(network, load_model(baseline, device).network, unlearning.weight)
+        renew_statistics(network, pictures, config.batch_size)
     if parallel.is_first():
         save_model(output / "model.pt", network, settings.model, classes, settings.data.size)
         history.close()
 
 
+@dataclass(frozen=True)
+class Unlearning:
+    """How much of the baseline has to be unlearned, 0..1: of all classes, and of each."""
+
+    amount: float
+    by_class: Float[Tensor, "k"]
+    reliance: float  # as it was measured (abn/reliance.py); 1 where it was not
+
+    @property
+    def rate(self) -> float:
+        """Of the learning rate: what has little to unlearn keeps the baseline's features."""
+        return LEAST_RATE ** (1 - self.amount)
+
+    @property
+    def swapped(self) -> Float[Tensor, "k"]:
+        """Share of the views of each class that are shown on another background; the rest stays plain, as in use."""
+        return LEAST_SWAPPED + (1 - LEAST_SWAPPED) * self.by_class
+
+    @property
+    def weight(self) -> float:
+        """Of the trained weights in their mean with the baseline's, which still relies on what any class has to
+        unlearn."""
+        return LEAST_WEIGHT + (1 - LEAST_WEIGHT) * float(self.by_class.max())
+
+
+def _unlearning(
+    pictures: Pictures,
+    corrected: Sequence[int],
+    classes: list[str],
+    settings: Settings,
+    baseline: Path | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Unlearning:
+    """Everything where there is no baseline to go on from. Too few masks to measure by are too few to unlearn by."""
+    config, everything = settings.corrections, Unlearning(1.0, torch.ones(len(classes)), 1.0)
+    if not (baseline and corrected and settings.train.start == "baseline" and config.recipe == "context"):
+        return everything
+    loaded = load_model(baseline, device)
+    if loaded.classes != classes:
+        say(f"the baseline knows the classes {loaded.classes}; training begins from scratch")
+        return everything
+    found = background_reliance(loaded.network, pictures, corrected, len(classes), settings.train.seed, device)
+    if not found:
+        say("too few painted masks to tell whether the background misleads")
+        return Unlearning(0.0, torch.zeros(len(classes)), 0.0)
+    say(
+        f"the baseline's answers follow the background by {found.mean:.2f} (p = {found.p_value:.3f} by chance); "
+        f"training {'goes on from it' if found.mean < config.reliance_limit else 'begins from scratch'}"
+    )
+    # Of two classes that alone are misled all are by less: a class is swapped always from half of the limit on.
+    by_class = (torch.from_numpy(found.by_class).float() / (config.reliance_limit / 2)).clamp(0, 1)
+    return Unlearning(min(1.0, max(0.0, found.mean / config.reliance_limit)), by_class, found.mean)
+
+
+def average_weights(network: ABN, baseline: ABN, weight: float) -> None:
+    """`network` becomes `weight` of itself and the rest of `baseline`, from which it went on: both then lie in one
+    basin, and the mean is at least as good as an ensemble of them (Wortsman et al., model soups, ICML 2022, and robust
+    fine-tuning, CVPR 2022). The statistics of its batch norms are no longer those of its weights."""
+    others = baseline.state_dict()
+    with torch.no_grad():
+        for name, values in network.state_dict().items():
+            if values.is_floating_point():
+                values.lerp_(others[name].to(values.device), 1 - weight)
+
+
+@torch.no_grad()
+def renew_statistics(network: ABN, pictures: Pictures, batch_size: int) -> None:
+    """Batch norms get the mean statistics of the pictures as they are, in batches of `batch_size`, drawn from at most
+    `RENEWED` of them."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()  # dropout drops nothing
+    for norm in norms:
+        norm.train()
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()[:RENEWED]
+    batches = [order[rows[0] : rows[-1] + 1] for rows in in_order(len(order), batch_size)]
+    device = next(network.parameters()).device
+    for count, batch in enumerate(loader(pictures, batches), start=1):
+        for norm in norms:
+            norm.momentum = 1 / count
+        network((batch.images.to(device).float() / 255).contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
 class Objective:
-    """The loss of a batch: both branches' cross-entropy (unweighted, as in the ABN paper), and what masks add."""
+    """The loss of a batch: both branches' cross-entropy (unweighted, as in the ABN paper), and what masks add.
+    `swapped`: what part of context_rate and propagate_rate each class gets, else all."""
 
     def __init__(
-        self, network: ABN, settings: Settings, device: torch.device, corrected: bool, careless: bool = False
+        self,
+        network: ABN,
+        settings: Settings,
+        device: torch.device,
+        corrected: bool,
+        careless: bool = False,
+        swapped: Float[Tensor, "k"] | None = None,
     ) -> None:
         self.network, self.settings, self.device, self.corrected = network, settings, device, corrected
+        self.swapped = None if swapped is None else swapped.to(device)
         self.care = CARELESS if careless else 1.0
         self.map_loss = MAP_LOSSES[settings.corrections.map_loss]
 
@@ -244,7 +368,8 @@ class Objective:
         masked = batch.has_mask.to(self.device) & (config.recipe != "none")
         taught = masked & batch.painted.to(self.device)  # a map that was called fine need not become an older model's
         if self.corrected and config.recipe == "context":
-            images = self._in_other_contexts(images, masks, shortcuts, masked, batch.trust.to(self.device), generator)
+            rates = self._swap_rates(masked, batch.trust.to(self.device), labels)
+            images = self._in_other_contexts(images, masks, shortcuts, rates, generator)
         gradients = config.map_loss == "rrr" and bool(taught.any())
         if gradients:
             images.requires_grad_()
@@ -266,21 +391,20 @@ class Objective:
             parts["map_loss"] = distance.item()
         return loss, {"loss": loss.item(), **parts}
 
+    def _swap_rates(self, given: Tensor, trust: Tensor, labels: Tensor) -> Tensor:
+        """How often each picture is shown on another background, by who gave its mask and by its class."""
+        config = self.settings.corrections
+        rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
+        return rates if self.swapped is None else rates * self.swapped[labels]
+
     def _in_other_contexts(
-        self,
-        images: Tensor,
-        masks: Tensor,
-        shortcuts: Tensor,
-        given: Tensor,
-        trust: Tensor,
-        generator: torch.Generator,
+        self, images: Tensor, masks: Tensor, shortcuts: Tensor, rates: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Corrected pictures with everything outside their mask replaced, and so those that the annotator drew a mask
         for, the more often the further it is trusted; where it is not, what misleads is replaced and all else stays.
         Careless masks, which lack half of an object or show another one, are trusted less, where that can be done.
         What misleads is not shown around a mask either."""
         config = self.settings.corrections
-        rates = torch.where(given, config.context_rate, config.propagate_rate * trust)
         marked = binarised(masks)
         misled = bool(shortcuts.any())
         misleading = binarised(shortcuts) if misled else torch.zeros_like(marked)
@@ -360,17 +484,18 @@ def _pyramid(config: ModelConfig) -> Pyramid | None:
     return Pyramid(make_parts(config.backbone, config.weights, config.split, "light"))
 
 
-def _starting_network(root: Path, settings: Settings, classes: list[str]) -> ABN:
+def _starting_network(root: Path, settings: Settings, classes: list[str], baseline: Path | None) -> ABN:
     network = ABN(settings.model, len(classes))
-    if _has_champion(root, settings):
-        loaded = load_model(root / "models/start.pt")
+    path = root / "models/start.pt" if _has_champion(root, settings) else baseline
+    if path:
+        loaded = load_model(path)
         if loaded.classes != classes:
-            known = f"models/start.pt knows the classes {loaded.classes}"
+            known = f"{path.name} knows the classes {loaded.classes}"
             raise ValueError(f"{known}, not {classes}; set train.start: scratch")
         try:
             network.load_state_dict(loaded.network.state_dict())
         except RuntimeError as error:
-            raise ValueError("models/start.pt has another model.backbone; set train.start: scratch") from error
+            raise ValueError(f"{path.name} has another model.backbone; set train.start: scratch") from error
     return network
 
 
@@ -391,12 +516,12 @@ def _has_champion(root: Path, settings: Settings) -> bool:
     return settings.train.start == "champion" and start.is_file() and start.stat().st_size > 0
 
 
-def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings) -> str:
+def _fingerprint(root: Path, samples: Sequence[Sample], settings: Settings, baseline: Path | None) -> str:
     """Of all that a training depends on: a checkpoint of other inputs is not gone on from."""
     inputs = {"settings": asdict(settings), "samples": [asdict(sample) for sample in samples]}
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
-    start = root / "models/start.pt"
-    digest.update(start.read_bytes() if start.is_file() else b"")
+    for start in (root / "models/start.pt", baseline):
+        digest.update(start.read_bytes() if start and start.is_file() else b"")
     return digest.hexdigest()
 
 
@@ -421,8 +546,10 @@ def run(stage: Stage) -> None:
             f"  {line['seconds']:.1f} s"
         )
 
+    baseline = CONTROL.results / "model.pt"
+    known = stage.corrected and baseline.is_file()
     with printed_progress():
-        train(Path(), samples, settings, stage.results, say_epoch, say)
+        train(Path(), samples, settings, stage.results, say_epoch, say, baseline if known else None)
 
 
 def main() -> None:

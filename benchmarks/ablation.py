@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masks for the other pictures": {"corrections.propagate_rate": 0.0},
     "holes": {"corrections.holes": 0.0},
     "narrowing": {"corrections.narrow": False},
+    "baseline": {"train.start": "scratch"},
 }
 CODE: dict[str, dict[str, Any]] = {
     "what misleads": {"find_shortcuts": lambda *problem: {}},

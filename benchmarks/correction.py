@@ -56,11 +56,12 @@ class Spec:
 
 # What an arm changes in params.yaml. An empty mapping is what the project ships. Where masks teach nothing of the other
 # pictures, those that have one are shown often.
-OFTEN = {"corrections.share": 0.25}
+OFTEN = {"corrections.share": 0.25, "train.start": "scratch"}
 MAP_ALONE = {**OFTEN, "corrections.context_rate": 0.0, "corrections.propagate_rate": 0.0}
 NOTHING = {"corrections.recipe": "none"}
 ARMS: dict[str, dict[str, Any]] = {
     "control": NOTHING,
+    "baseline-long": NOTHING,  # the control with twice the epochs: as many as where `default` goes on from it
     "paper": {**OFTEN, "corrections.recipe": "paper", "corrections.map_loss": "l2", "train.start": "champion"},
     "l2": {**MAP_ALONE, "corrections.map_loss": "l2"},
     "l1": {**MAP_ALONE, "corrections.map_loss": "l1"},
@@ -70,6 +71,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rrr": {**MAP_ALONE, "corrections.map_loss": "rrr"},
     "context": {**OFTEN, "corrections.map_weight": 0.0, "corrections.propagate_rate": 0.0},
     "default": {},
+    "anew": {"train.start": "scratch"},  # the default, from scratch on swapped backgrounds whatever the baseline does
     "jtt": NOTHING,  # this and the next three are published methods of benchmarks/methods.py
     "group-dro": NOTHING,
     "caipi": {},
@@ -79,7 +81,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 NEEDED = ("control", "upper")  # every `recovered` hangs on them
 METHODS = ("jtt", "group-dro", "caipi", "dfr")
-FIGURES = ("random_confound", "clean", "worst_class", "worst_group", "inside_mask")
+FIGURES = ("random_confound", "clean", "swapped", "worst_class", "worst_group", "inside_mask")
 SMALLEST_GROUP = 5  # test pictures; of fewer one alone is 0.2 or more of the accuracy, and they are left out
 COLUMNS = (*FIGURES, "recovered")
 # What each data set is trained with where the command says nothing: height and width, at most so many training
@@ -217,11 +219,13 @@ class Problem:
             samples = self.corrected(self.misclassified(load_model(self.root / "models/start.pt")), "paper.npz")
         elif settings.corrections.recipe != "none":
             samples = self.corrected(self.chosen, f"{arm}.npz")
+        goes_on = settings.corrections.recipe == "context" and settings.train.start == "baseline"
+        baseline = self._control(settings) if goes_on else None
         began = time.perf_counter()
         if arm in METHODS:
             model = self._by_method(arm, samples, settings)
         else:
-            train(self.root, samples, settings, self.root / arm, lambda line: None)
+            train(self.root, samples, settings, self.root / arm, lambda line: None, baseline=baseline)
             model = load_model(self.root / arm / "model.pt")
         seconds = time.perf_counter() - began
         figures = {}
@@ -234,6 +238,7 @@ class Problem:
         return {
             "random_confound": found["balanced_accuracy"],
             "clean": figures["clean"]["balanced_accuracy"],
+            "swapped": figures["clean"].get("accuracy_in_other_context", float("nan")),
             "worst_class": found["worst_class_accuracy"],
             "worst_group": worst_group(answers, self.test_labels, self.test_values),
             "inside_mask": found["attention_inside_mask"],
@@ -299,7 +304,12 @@ def run_seed(
     with tempfile.TemporaryDirectory() as folder:
         problem: Problem | None = None
         for arm in ["control", "upper", *(arm for arm in arms if arm not in NEEDED)]:
+            if arm == "upper" and spec.confound == "none":  # the same pictures
+                figures[arm] = dict(figures["control"])
+                continue
             settings = settings_with({"data.size": list(spec.size), **changes, **ARMS[arm], "train.seed": seed})
+            if arm == "baseline-long":
+                settings = replace(settings, train=replace(settings.train, epochs=2 * settings.train.epochs))
             kept = keep / f"{_name(spec, seed, arm, settings)}.json" if keep else None
             if kept and kept.is_file():
                 figures[arm] = {**dict.fromkeys(FIGURES, float("nan")), **json.loads(kept.read_text())}
@@ -325,7 +335,7 @@ def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:
     problem = asdict(spec)
     values = asdict(settings)
     if values["corrections"]["recipe"] == "none":
-        del problem["corrections"], problem["faults"]
+        del problem["corrections"], problem["faults"], values["train"]["start"]
         values["corrections"] = {}
     if arm.startswith("upper"):
         values[arm] = True

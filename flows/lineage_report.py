@@ -81,7 +81,7 @@ def learned_in_words(facts: Mapping[str, Any]) -> str:
 def parent_in_words(parent: Mapping[str, Any] | None) -> str:
     if parent is None:
         return "The first model"
-    start = "trained on from its weights" if parent["weights"] == "champion" else "trained from scratch"
+    start = "trained on from its weights" if parent["weights"] == "champion" else "trained without its weights"
     return f"After v{parent['model_version']} (round {parent['round']}), {start}"
 
 

@@ -80,6 +80,34 @@ def test_the_same_seed_draws_the_same_and_leaves_other_randomness_alone(root: Pa
     assert all(torch.equal(first[number], second[number]) for number in first)
 
 
+def test_every_correction_judges_once_those_who_did_not_learn_from_it() -> None:
+    folds = annotator._folds(list(range(10)))
+    assert sorted(row for _, judged in folds for row in judged) == list(range(10))
+    assert all(sorted(taught + judged) == list(range(10)) for taught, judged in folds)
+    assert {len(judged) for _, judged in folds} == {3, 4}
+    assert annotator._folds([4, 7]) == [([4, 7], [4, 7])], "of so few none can be spared"
+
+
+@pytest.mark.parametrize("most", [0, 30, 10_000])
+def test_drawing_takes_no_more_steps_than_it_may_but_a_few(
+    root: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(annotator, "_train", lambda learner, steps, *shown: taken.append(steps))
+    monkeypatch.setattr(annotator, "CYCLES", (8, 20))
+    monkeypatch.setattr(annotator, "FEWEST", 2)
+    pictures = pictures_of(root, {f"train{i:02d}": square(i) for i in range(12)})
+    annotate(pictures, range(12), 2, STILL, 0, CPU, most=most)
+    assert taken == {0: [2] * 3, 30: [8] * 3, 10_000: [8] * 3 + [20] * 3}[most]
+
+
+def test_steps_that_can_be_afforded_are_counted_in_pixels() -> None:
+    """Batches of eight; of pictures of twice the size a step of the annotator is a quarter of the work."""
+    assert annotator.affordable_steps((64, 64), 800) == 100
+    assert annotator.affordable_steps((128, 64), 800) == 400
+    assert annotator.affordable_steps((16, 16), 1) == 1
+
+
 def test_nothing_found_is_no_mask(root: Path) -> None:
     empty = {f"train{i:02d}": np.zeros((SIZE, SIZE), np.uint8) for i in range(4)}
     drawn, _ = annotate(pictures_of(root, empty), range(4), 2, STILL, 0, CPU)

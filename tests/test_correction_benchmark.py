@@ -246,13 +246,13 @@ def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "2"]
-    arms = ["upper_random", "l2", "default", *correction.METHODS]
+    arms = ["upper_random", "l2", "baseline-long", "default", *correction.METHODS]
     arguments += ["--corrections", "4", "--arms", ",".join(arms), "--keep", str(tmp_path / "keep")]
     monkeypatch.setattr(correction, "SMALLEST_GROUP", 1)
     monkeypatch.setattr("benchmarks.methods.VIEWS", 20)
     result = json.loads(json.dumps(run(parse(arguments)), allow_nan=False))
     assert set(result["arms"]) == {"control", "upper", *arms}
-    wanted = {"random_confound", "clean", "worst_class", "worst_group", "inside_mask", "recovered", "std", "seconds"}
+    wanted = {*correction.COLUMNS, "std", "seconds"}
     assert all(wanted <= set(figures) for figures in result["arms"].values())
     assert all(0 <= figures["random_confound"] <= 1 for figures in result["arms"].values())
     assert all(0 <= figures["worst_group"] <= figures["worst_class"] for figures in result["arms"].values())
@@ -351,7 +351,7 @@ def quickly_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quickly_found")
 def test_an_ablation_trains_as_shipped_and_without_each_ingredient(folder: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
-    arguments += ["--corrections", "12", "--without", "nothing,map loss,what misleads"]
+    arguments += ["--corrections", "12", "--without", "nothing,map loss,what misleads", "--set", "train.start=scratch"]
     found = ablation.run(ablation.parse([*arguments, "--json", str(tmp_path / "figures.json")]))
     assert list(found) == ["nothing", "map loss", "what misleads"]
     assert json.loads((tmp_path / "figures.json").read_text())["without"] == found
@@ -374,8 +374,9 @@ def test_what_an_ablation_leaves_out_is_asked_for_in_training(
 
     monkeypatch.setitem(ablation.CODE, name, dict.fromkeys(ablation.CODE[name], ask))
     arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
+    arguments += ["--corrections", "12", "--without", name, "--set", "train.start=scratch"]
     with pytest.raises(Asked):
-        ablation.run(ablation.parse([*arguments, "--corrections", "12", "--without", name]))
+        ablation.run(ablation.parse(arguments))
 
 
 def test_a_fraction_that_is_none_is_refused() -> None:

@@ -343,7 +343,7 @@ def test_a_version_is_described_for_a_reviewer(history: Workspace) -> None:
     text = describe(trace(history, history.round(3)))
     assert "Round 3: refused, reason 3." in text
     assert f"Learned from 4 annotations, 2.0 minutes: {ANNA} (2), {BEN} (2); masks used: 0." in text
-    assert "After v2 (round 2), trained from scratch." in text
+    assert "After v2 (round 2), trained without its weights." in text
 
 
 # --- withdrawing

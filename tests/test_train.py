@@ -15,7 +15,7 @@ import torch
 import yaml
 from scipy import ndimage
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 from abn import train as training
 from abn.backbones import make_parts
@@ -41,8 +41,18 @@ from abn.manifest import MANY_MASKS, read_manifest, training_samples, without_lo
 from abn.model import ABN, ABNOutput, load_model
 from abn.predict import PredictConfig, predict
 from abn.pyramid import Pyramid
+from abn.reliance import Reliance
 from abn.stage import CONTROL, ROUND
-from abn.train import Objective, Settings, TrainConfig, choose_device, learning_rate, train
+from abn.train import (
+    Objective,
+    Settings,
+    TrainConfig,
+    average_weights,
+    choose_device,
+    learning_rate,
+    renew_statistics,
+    train,
+)
 from tiny import PROJECT, SIZE, Row, correct, make_workspace, square, tiny_settings, write_params, write_workspace
 
 MASKS = {f"train{i:02d}": square(i) for i in range(6)}
@@ -62,7 +72,12 @@ class Killed(Exception):
 
 
 def run(
-    root: Path, settings: Settings, output: Path, corrected: bool = True, killed_after: int = 0
+    root: Path,
+    settings: Settings,
+    output: Path,
+    corrected: bool = True,
+    killed_after: int = 0,
+    baseline: Path | None = None,
 ) -> tuple[bytes, list[dict[str, Any]]]:
     """The bytes of the model and the lines of train.jsonl without their seconds; none of the model if killed."""
 
@@ -71,7 +86,7 @@ def run(
             raise Killed
 
     try:
-        train(root, read_manifest(root, corrected=corrected), settings, output, on_epoch)
+        train(root, read_manifest(root, corrected=corrected), settings, output, on_epoch, baseline=baseline)
     except Killed:
         assert not (output / "model.pt").exists()
         return b"", []
@@ -92,7 +107,7 @@ def test_the_annotator_sees_what_pretrained_weights_do_and_what_misleads_is_look
         return {9: torch.full((1, 8, 8), 255, dtype=torch.uint8)}
 
     def watched(*arguments: Any) -> tuple[dict[int, Tensor], dict[int, float]]:
-        pyramids.append(arguments[-1])
+        pyramids.append(arguments[-2])
         return {}, {}
 
     monkeypatch.setattr(training, "annotate", watched)
@@ -335,6 +350,155 @@ def test_a_champion_of_another_kind_is_refused_in_one_line(root: Path, tmp_path:
     manifest.write_text(manifest.read_text().replace(",light,", ",bright,"))
     with pytest.raises(ValueError, match=r"knows the classes \['dark', 'light'\], not \['bright', 'dark'\]"):
         run(root, tiny_settings(train={"start": "champion"}), tmp_path / "classes")
+
+
+# --- how much of the baseline is unlearned
+
+
+def relying(monkeypatch: pytest.MonkeyPatch, *by_class: float) -> None:
+    """From now on the baseline is found to rely on the background of each class so far."""
+    found = Reliance(float(np.mean(by_class)), np.array(by_class), 0.001)
+    monkeypatch.setattr(training, "background_reliance", lambda *arguments: found)
+
+
+@pytest.fixture
+def baseline(root: Path, tmp_path: Path) -> Path:
+    """A model of the same training without masks; after it there are masks."""
+    run(root, tiny_settings(train={"seed": 7}), tmp_path / "baseline")
+    correct(root, MASKS)
+    return tmp_path / "baseline/model.pt"
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_model(path).network.state_dict()
+
+
+@pytest.mark.usefixtures("brief_search")
+def test_where_all_is_to_be_unlearned_training_begins_from_scratch(
+    root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, _ = run(root, tiny_settings(train={"start": "scratch"}), tmp_path / "scratch", baseline=baseline)
+    relying(monkeypatch, 0.5, 0.9)
+    model, lines = run(root, tiny_settings(), tmp_path / "results", baseline=baseline)
+    assert model == scratch == run(root, tiny_settings(), tmp_path / "without")[0]
+    assert {(line["unlearned"], line["reliance"]) for line in lines} == {(1.0, 0.7)}
+
+
+@pytest.mark.usefixtures("brief_search")
+def test_where_nothing_is_to_be_unlearned_little_is_changed_of_the_baseline(
+    root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of the rate, half of the way; what misleads is looked for in classes that rely on their background."""
+    everything = dict.fromkeys(range(20), torch.full((1, 8, 8), 255, dtype=torch.uint8))
+    monkeypatch.setattr(training, "find_shortcuts", lambda *arguments: everything)
+    settings, lines = tiny_settings(train={"epochs": 1, "learning_rate": 1e-9}), []
+    for number, relied in enumerate([(0.0, 0.0), (0.0, 0.498)]):
+        relying(monkeypatch, *relied)
+        lines += run(root, settings, tmp_path / f"{number}", baseline=baseline)[1]
+    assert [line["unlearned"] for line in lines] == [0, pytest.approx(0.498)]
+    assert [line["misled"] for line in lines] == [0, 10]
+    assert lines[1]["learning_rate"] / lines[0]["learning_rate"] == pytest.approx(10**0.498)
+    unchanged = weights(tmp_path / "0/model.pt")
+    for name, value in weights(baseline).items():
+        if "running" not in name and value.is_floating_point():
+            torch.testing.assert_close(unchanged[name], value)
+
+
+@pytest.mark.usefixtures("brief_search")
+def test_what_went_on_from_the_baseline_ends_half_way_between_both(
+    root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relying(monkeypatch, 0.0, 0.0)
+    run(root, tiny_settings(), tmp_path / "half", baseline=baseline)
+    monkeypatch.setattr(training, "LEAST_WEIGHT", 1.0)
+    run(root, tiny_settings(), tmp_path / "whole", baseline=baseline)
+    start, half, whole = (weights(path) for path in (baseline, tmp_path / "half/model.pt", tmp_path / "whole/model.pt"))
+    assert not torch.equal(whole["linear.weight"], start["linear.weight"])
+    torch.testing.assert_close(half["linear.weight"], (start["linear.weight"] + whole["linear.weight"]) / 2)
+
+
+@pytest.mark.usefixtures("brief_search")
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_killed_training_that_went_on_from_the_baseline_ends_as_if_it_had_not_been(
+    root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    relying(monkeypatch, 0.1, 0.3)
+    undisturbed = run(root, tiny_settings(), tmp_path / "undisturbed", baseline=baseline)
+    run(root, tiny_settings(), tmp_path / "killed", killed_after=killed_after, baseline=baseline)
+    assert run(root, tiny_settings(), tmp_path / "killed", baseline=baseline) == undisturbed
+
+
+@pytest.mark.usefixtures("brief_search")
+def test_a_checkpoint_that_went_on_from_another_baseline_is_not_gone_on_from(
+    root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relying(monkeypatch, 0.0, 0.0)
+    run(root, tiny_settings(), tmp_path / "killed", killed_after=2, baseline=baseline)
+    run(root, tiny_settings(train={"seed": 8}), tmp_path / "other", corrected=False)
+    other = tmp_path / "other/model.pt"
+    fresh = run(root, tiny_settings(), tmp_path / "fresh", baseline=other)
+    assert run(root, tiny_settings(), tmp_path / "killed", baseline=other) == fresh
+
+
+@pytest.mark.usefixtures("brief_search")
+def test_a_baseline_that_knows_other_classes_is_not_gone_on_from(root: Path, tmp_path: Path, baseline: Path) -> None:
+    """A label that somebody corrected may bring a class that the baseline was not trained on."""
+    manifest = root / "data/manifest.csv"
+    manifest.write_text(manifest.read_text().replace(",light,", ",bright,"))
+    assert run(root, tiny_settings(), tmp_path / "on", baseline=baseline) == run(
+        root, tiny_settings(), tmp_path / "new"
+    )
+
+
+@pytest.mark.usefixtures("brief_search")
+def test_a_round_asks_the_control_and_goes_on_from_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_params(root, epochs=1)
+    monkeypatch.chdir(root)
+    training.run(CONTROL)
+    correct(root, MASKS)
+    training.run(ROUND)
+    (line,) = map(json.loads, (root / "results/train.jsonl").read_text().splitlines())
+    assert 0 <= line["unlearned"] <= 1 and line["learning_rate"] > 0
+    assert -1 <= line["reliance"] < 1, "of what was not measured it would be 1"
+
+
+def test_averaged_weights_lie_where_they_are_weighed(root: Path) -> None:
+    torch.manual_seed(0)
+    first, second = (ABN(tiny_settings().model, 2) for _ in range(2))
+    with torch.no_grad():
+        first.linear.weight.fill_(1.0)
+        second.linear.weight.fill_(3.0)
+    average_weights(first, second, 0.75)
+    assert first.linear.weight.unique().tolist() == [1.5]
+    assert second.linear.weight.unique().tolist() == [3.0]
+
+
+def test_renewed_statistics_are_those_of_the_pictures(root: Path) -> None:
+    torch.manual_seed(0)
+    network, pictures = ABN(tiny_settings().model, 2), pictures_of(root)
+    first, norm = list(network.extractor.children())[:2]
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    norm.running_mean.fill_(9.0)
+    before = norm.momentum
+    renew_statistics(network, pictures, batch_size=10)
+    images = pictures[range(20)].images.float() / 255
+    with torch.no_grad():
+        wanted = first((images - network.mean) / network.std).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, wanted, rtol=1e-3, atol=1e-4)
+    assert norm.momentum == before and not network.training
+
+
+def test_each_class_is_swapped_as_often_as_it_has_to_unlearn(root: Path) -> None:
+    correct(root, {f"train{row:02d}": square(row) for row in range(20)})
+    torch.manual_seed(0)
+    network = Recorder(tiny_settings().model, 2)
+    swapped = torch.tensor([0.5, 1.0])
+    compute = Objective(network, still(context_rate=1.0), torch.device("cpu"), corrected=True, swapped=swapped)
+    batch = pictures_of(root)[[*range(20)] * 10]
+    compute(batch, generator())
+    plain = (network.seen == batch.images.float() / 255).all(dim=1).flatten(1).all(dim=1)
+    shares = [plain[batch.labels == label].float().mean().item() for label in (0, 1)]
+    assert 0.4 < shares[0] < 0.6 and shares[1] < 0.1  # a context may be the same picture
 
 
 # --- what a mask adds to the objective
@@ -687,7 +851,7 @@ def test_what_goes_on_before_the_first_epoch_is_said(root: Path, tmp_path: Path)
     settings = tiny_settings(train={"epochs": 1})
     train(root, read_manifest(root), settings, tmp_path / "results", lambda line: said.append("epoch"), said.append)
     assert said[0] == "the masks that people painted are 2 pixels too wide; that rim is taken off"
-    assert said[1] == "learning to draw masks from those of 8 pictures, 250 steps"  # two tell how far to trust
+    assert said[1] == "learning to draw masks from those of 10 pictures, 3 x 50 steps"
     assert re.fullmatch(r"the masks drawn can be trusted by [01]\.\d\d", said[2]) and said[-1] == "epoch"
 
 

@@ -483,7 +483,10 @@ def test_a_worker_of_a_pool_runs_what_the_cron_starts(pooled: Pooled) -> None:
 
 
 def test_an_interrupted_round_goes_on_with_the_next_serve(place: Workspace, pooled: Pooled) -> None:
-    assert pooled.resumed and "round 2: 6 tasks wait" in pooled.resumed[0]["state"]["message"]
+    # Within the minute the cron may have started another run, which then has done it.
+    said = pooled.resumed[0]["state"]["message"]
+    assert "round 2: 6 tasks wait" in said or "is in use by `abnloop round open`" in said
+    assert place.round(2).read()["state"] == "open"
 
 
 def test_services_that_were_up_before_serve_stay_up(pooled: Pooled) -> None:

@@ -580,7 +580,7 @@ def _say(result: Opened | Collected | Idle) -> None:
     """What a flow did, in its own words; that somebody else has the workspace is an error to who asked for a round."""
     if getattr(result, "in_use", False):
         raise ValueError(str(result))
-    console.print(escape(str(result)))
+    console.print(escape(str(result)), soft_wrap=True)  # a log keeps its reason in one line
 
 
 def _print_links(place: Workspace, flow_run: str) -> None:

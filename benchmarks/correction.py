@@ -220,6 +220,7 @@ class Problem:
         elif settings.corrections.recipe != "none":
             samples = self.corrected(self.chosen, f"{arm}.npz")
         goes_on = settings.corrections.recipe == "context" and settings.train.start == "baseline"
+        goes_on = goes_on and arm not in METHODS
         baseline = self._control(settings) if goes_on else None
         began = time.perf_counter()
         if arm in METHODS:

@@ -212,12 +212,15 @@ class DecoyMnist:
             rows = problem.chosen[: max(1, round(share * len(samples)))]
             samples = problem.corrected(rows, f"{share}.npz")
         output = problem.root / arm.replace(":", "-")
-        if settings.train.start == "champion":
-            start = problem.root / "abn-baseline/model.pt"
-            if not start.is_file():  # its figures were kept, its weights were not
+        baseline = None
+        if share and settings.train.start != "scratch":
+            baseline = problem.root / "abn-baseline/model.pt"
+            if not baseline.is_file():  # its figures were kept, its weights were not
                 self._by_settings("abn:baseline", _settings("abn:baseline", self.seed, settings.train.epochs))
-            shutil.copyfile(start, problem.root / "models/start.pt")
-        train(problem.root, samples, settings, output, lambda line: None)
+        if settings.train.start == "champion":
+            assert baseline, "a champion has masks to go on with"
+            shutil.copyfile(baseline, problem.root / "models/start.pt")
+        train(problem.root, samples, settings, output, lambda line: None, baseline=baseline)
         return load_model(output / "model.pt").network
 
     def _by_method(self, arm: str, settings: Settings) -> nn.Module:
@@ -285,7 +288,10 @@ def run_seed(
 
 def _digest(pictures: int, seed: int, arm: str, settings: Settings) -> str:
     """Of a training, by all that it depends on but the code."""
-    text = json.dumps([pictures, seed, arm, asdict(settings)], sort_keys=True)
+    values = asdict(settings)
+    if arm not in BY_SETTINGS:
+        values["corrections"] = {}
+    text = json.dumps([pictures, seed, arm, values], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -43,6 +43,7 @@ from benchmarks.correction import (
     problem_parser,
     seeds_of,
     settings_with,
+    worst_group,
 )
 from labeling.simulator import GOOD_ENOUGH_IOU, SECONDS
 
@@ -93,8 +94,9 @@ class Learner:
         self.problem, self.seed = Problem(root, spec, seed), seed
         self.changes = {"data.size": list(spec.size), **changes, "train.seed": seed}
 
-    def learn(self, samples: list[Sample], name: str, **changes: Any) -> tuple[Predictions, float]:
-        """Trains; the predictions of the training pictures, and the accuracy of the test with random confound."""
+    def learn(self, samples: list[Sample], name: str, **changes: Any) -> tuple[Predictions, dict[str, float]]:
+        """Trains; the predictions of the training pictures, and `accuracy` and `worst_group` of the test with random
+        confound."""
         problem, settings = self.problem, settings_with({**self.changes, **changes})
         output = problem.root / name
         train(problem.root, samples, settings, output, lambda line: None)
@@ -105,20 +107,22 @@ class Learner:
         )
         test = predict(model, tested, PREDICT)
         accuracy = measure(test, problem.test_labels, np.arange(len(tested)))["balanced_accuracy"]
-        return predict(model, asked, PREDICT, early=early), accuracy
+        worst = worst_group(test.probabilities.argmax(axis=1), problem.test_labels, problem.test_values)
+        return predict(model, asked, PREDICT, early=early), {"accuracy": accuracy, "worst_group": worst}
 
 
 def run_seed(
     spec: Spec, seed: int, strategies: Sequence[str], minutes: float, rounds: int, changes: Mapping[str, Any]
 ) -> dict[str, list[dict[str, float]]]:
-    """Of each strategy a point a round: minutes and pictures spent so far, and the accuracy after learning from it."""
+    """Of each strategy a point a round: minutes and pictures spent so far, and the accuracy after learning from it, on
+    average and of the worst group (`benchmarks.correction.worst_group`)."""
     curves: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         learner = Learner(Path(folder), spec, seed, changes)
         start = learner.learn(learner.problem.train["confounded"], "control", **NOTHING)
         for strategy in strategies:
-            labelers, (predictions, accuracy) = Labelers(learner.problem), start
-            curves[strategy] = [{"minutes": 0.0, "pictures": 0, "accuracy": accuracy}]
+            labelers, (predictions, figures) = Labelers(learner.problem), start
+            curves[strategy] = [{"minutes": 0.0, "pictures": 0, **figures}]
             for number in range(rounds):
                 told = labelers.told()
                 left = np.flatnonzero(~told.answered).tolist()
@@ -129,10 +133,11 @@ def run_seed(
                 picks = select(predictions, learner.problem.data.labels, left, learner.problem.classes, config, told)
                 asked = {pick.sample for pick in picks}
                 labelers.answer([row for row in left if str(predictions.samples[row]) in asked], predictions)
-                predictions, accuracy = learner.learn(labelers.samples(f"{strategy}.npz"), f"{strategy}{number}")
-                point = {"minutes": labelers.minutes, "pictures": len(labelers.masks), "accuracy": accuracy}
+                predictions, figures = learner.learn(labelers.samples(f"{strategy}.npz"), f"{strategy}{number}")
+                point = {"minutes": labelers.minutes, "pictures": len(labelers.masks), **figures}
                 curves[strategy].append(point)
-                words = f"{point['minutes']:.1f} min  {point['pictures']} pictures  accuracy {accuracy:.3f}"
+                words = f"{point['minutes']:.1f} min  {point['pictures']} pictures  accuracy {point['accuracy']:.3f}"
+                words += f"  worst group {point['worst_group']:.3f}"
                 print(f"seed {seed}  {strategy:14} {words}", flush=True)
     return curves
 
@@ -203,7 +208,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"benchmarks.selection: {error}")
     for strategy, points in curves.items():
-        cells = [f"{point['minutes']:5.1f} min {point['accuracy']:.3f} ± {point['std']:.3f}" for point in points]
+        cells = [
+            f"{point['minutes']:5.1f} min {point['accuracy']:.3f} ± {point['std']:.3f} worst {point['worst_group']:.3f}"
+            for point in points
+        ]
         print(f"{strategy:14}", *cells, sep="  ")
 
 

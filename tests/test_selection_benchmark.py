@@ -20,7 +20,7 @@ def test_every_round_adds_minutes_and_learns_from_all_masks(tmp_path: Path) -> N
     for points in curves.values():
         assert [point["minutes"] > 0 for point in points] == [False, True, True]
         assert points[0]["pictures"] < points[1]["pictures"] < points[2]["pictures"]
-        assert all(0 <= point["accuracy"] <= 1 for point in points)
+        assert all(0 <= point["worst_group"] <= point["accuracy"] <= 1 for point in points)
     assert json.loads(figures.read_text()) == {"seeds": 1, "curves": curves}
     with Image.open(plot) as image:
         assert image.width > 300

@@ -113,7 +113,7 @@ def annotate(
     annotators = [_begun(classes, pyramid, *taught[1:], generator).to(device) for taught in shown]
     best, trust, left = annotators, 0.0, most // len(folds)
     for cycle in CYCLES:
-        steps = max(min(cycle, left), FEWEST)
+        steps = min(cycle, max(left, FEWEST))
         say(f"learning to draw masks from those of {len(corrected)} pictures, {len(folds)} x {steps} steps")
         for annotator, taught in zip(annotators, shown, strict=True):
             _train(annotator, steps, *taught, config, generator)

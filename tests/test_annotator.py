@@ -65,7 +65,7 @@ def test_masks_without_any_sense_are_hardly_trusted(root: Path) -> None:
         top, left = generator.integers(0, SIZE - 3, 2)
         mask[top : top + 3, left : left + 3] = 255
         masks[f"train{number:02d}"] = mask
-    _, trust = annotate(pictures_of(root, masks), range(12), 2, STILL, 0, CPU)
+    _, trust = annotate(pictures_of(root, masks), range(12), 2, STILL, 0, CPU, most=300)
     assert max(trust.values()) < 0.5
 
 
@@ -74,7 +74,7 @@ def test_the_same_seed_draws_the_same_and_leaves_other_randomness_alone(root: Pa
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    (first, trust), (second, again) = (annotate(pictures, range(4), 2, STILL, 0, CPU) for _ in range(2))
+    (first, trust), (second, again) = (annotate(pictures, range(4), 2, STILL, 0, CPU, most=60) for _ in range(2))
     assert torch.equal(torch.rand(3), expected)
     assert trust == again and first.keys() == second.keys()
     assert all(torch.equal(first[number], second[number]) for number in first)
@@ -110,7 +110,7 @@ def test_steps_that_can_be_afforded_are_counted_in_pixels() -> None:
 
 def test_nothing_found_is_no_mask(root: Path) -> None:
     empty = {f"train{i:02d}": np.zeros((SIZE, SIZE), np.uint8) for i in range(4)}
-    drawn, _ = annotate(pictures_of(root, empty), range(4), 2, STILL, 0, CPU)
+    drawn, _ = annotate(pictures_of(root, empty), range(4), 2, STILL, 0, CPU, most=100)
     assert not drawn
 
 

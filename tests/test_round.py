@@ -1017,8 +1017,9 @@ def test_the_gate_shows_both_models_on_the_same_pictures(place: Workspace, secon
     assert {row["sample"] for row in read_csv(place.round(2).comparison)} == val
     assert read_csv(place.round(1).comparison) == []
     names = [one["name"] for one in place.round(2).read()["verdict"]["criteria"]]
-    accuracies = ["accuracy_in_both_contexts", "worst_class_accuracy_in_both_contexts"]
-    assert names == [*accuracies, "attention_inside_mask", "context_reliance"]
+    accuracies = ["accuracy", "accuracy_background_swap", "accuracy_in_both_backgrounds"]
+    assert names[:3] == accuracies and re.fullmatch("accuracy_of_class_[017]", names[3])
+    assert names[4:] == ["attention_inside_mask", "context_reliance"]
 
 
 def test_the_model_is_linked_to_what_judged_it(place: Workspace, second: Second) -> None:

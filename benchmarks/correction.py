@@ -36,6 +36,7 @@ from abn.predict import PredictConfig, predict
 from abn.train import CorrectionsConfig, Settings, TrainConfig, train
 from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
 from benchmarks.methods import Examples, caipi, dfr, fit, group_dro, jtt
+from flows import defaults
 
 PROJECT = Path(__file__).parent.parent
 
@@ -87,14 +88,7 @@ COLUMNS = (*FIGURES, "recovered")
 # What each data set is trained with where the command says nothing: height and width, at most so many training
 # pictures, and changes to params.yaml. Digits are learned from scratch; photographs are too few for that.
 SMALL_NETWORK: dict[str, Any] = {"model.backbone": "cifar_resnet8"}
-PRETRAINED: dict[str, Any] = {
-    "model.backbone": "efficientnet_lite0",
-    "model.weights": "pretrained",
-    "model.attention": "light",
-    "train.batch_size": 16,
-    "train.learning_rate": 0.02,
-    "train.epochs": 8,
-}
+PRETRAINED: dict[str, Any] = {**defaults.PRETRAINED, "train.epochs": 8}  # as `abnloop init` has them
 Defaults = tuple[tuple[int, int], int, dict[str, Any]]
 BY_DATA: dict[str, Defaults] = {
     "digits": ((32, 32), 1000, {**SMALL_NETWORK, "data.flip": False}),

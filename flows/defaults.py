@@ -29,10 +29,7 @@ PRETRAINED: dict[str, Any] = {
     "train.learning_rate": 0.02,
 }
 NETWORK = {name: PRETRAINED[name] for name in ("model.backbone", "model.weights")}
-LONGER_SIDE = (
-    128,
-    224,
-)  # pixels at which a pretrained network sees photographs: at least where they have them, at most
+LONGER_SIDE = (128, 224)  # pixels at which a pretrained network sees photographs: at least (if they have them), at most
 EPOCHS, IMAGES_SEEN = (8, 20), 7000  # at least, at most; between them, so many images are shown in a training
 PIXELS_SEEN = 2e8  # in a training, which then takes about six minutes of one core; the longer side is cut for it
 FROM_SCRATCH = 128  # pixels: the longer side for any other network, at most

@@ -35,8 +35,9 @@ STORY = (
 )
 POLL_SECONDS = 10  # between two looks at what a person has answered
 SUMMARY_KEYS = (
-    *("round", "corrections", "test_accuracy", "control_accuracy", "attention_inside_mask", "context_reliance"),
-    *("promoted", "gate", "model_version", "mlflow_run_id", "git_commit", "seconds"),
+    *("round", "corrections", "gold", "test_accuracy", "baseline_accuracy", "control_accuracy"),
+    *("attention_inside_mask", "context_reliance", "verdict", "reason", "champion", "promoted", "gate"),
+    *("model_version", "mlflow_run_id", "git_commit", "seconds"),
 )
 
 

@@ -385,7 +385,7 @@ def test_a_fraction_that_is_none_is_refused() -> None:
 
 
 def test_an_unknown_arm_is_refused() -> None:
-    with pytest.raises(ValueError, match="--arms names 'magic'; known: control, paper"):
+    with pytest.raises(ValueError, match="--arms names 'magic'; known: control, baseline-long, paper"):
         run(parse(["--arms", "magic"]))
 
 

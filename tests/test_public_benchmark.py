@@ -330,11 +330,13 @@ def test_ours_has_the_share_of_masks_that_its_name_says(
     class Asked(Exception):
         pass
 
-    def ask(root: Path, samples: list[Any], *rest: Any) -> None:
+    def ask(root: Path, samples: list[Any], *rest: Any, baseline: Path | None) -> None:
         raise Asked(sum(bool(sample.masks) for sample in samples))
 
     monkeypatch.setattr(public, "train", ask)
     decoy = public.DecoyMnist(tmp_path / "problem", str(mnist), 60, 0)
+    (decoy.files.root / "abn-baseline").mkdir()
+    (decoy.files.root / "abn-baseline/model.pt").touch()
     for arm, masks in (("abn:baseline", 0), ("abn:ours-0.1%", 1), ("abn:ours-10%", 6), ("abn:energy", 60)):
         with pytest.raises(Asked, match=f"^{masks}$"):
             decoy.run(arm, public._settings(arm, 0, 1))

@@ -21,7 +21,7 @@ from flows.workspace import Workspace, open_workspace, write_atomically, write_j
 SETTINGS = {
     "data.flip": False,
     "model.backbone": "cifar_resnet8",
-    "train.epochs": 15,
+    "train.epochs": 12,
     "services.label_studio_port": 0,
     "services.prefect_port": 0,
     "services.mlflow_port": 0,

@@ -71,9 +71,11 @@ def test_a_depth_that_is_none_is_refused(depth: int) -> None:
         make(f"cifar_resnet{depth}")
 
 
-def test_an_unknown_backbone_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="model.backbone is 'resnet19'; known: cifar_resnet<depth>, resnet18"):
+def test_an_unknown_backbone_is_refused_with_the_nearest_or_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"^model.backbone is 'resnet19'; did you mean resnet18\?$"):
         make("resnet19")
+    with pytest.raises(ValueError, match="^model.backbone is 'perceptron'; known: cifar_resnet<depth>, resnet18"):
+        make("perceptron")
 
 
 def test_the_loss_of_each_branch_reaches_what_it_should() -> None:

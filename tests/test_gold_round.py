@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import pytest
 
 from abn.manifest import read_corrections, read_gold, read_manifest
 from flows import services
-from flows.digits import write_digits
 from flows.gold import GOLD, gold_masks
 from flows.ingest import init_workspace
 from flows.lineage import models_that_learned, trace
@@ -25,6 +23,7 @@ from flows.versions import Dvc, Git
 from flows.withdrawals import withdraw
 from flows.workspace import Workspace, decision_of, open_workspace, read_json, read_table
 from labeling.client import LabelStudio
+from tiny import write_few_digits
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -54,20 +53,8 @@ SETTINGS = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """Digits whose masks simulated labelers alone know, and the services up."""
     root = tmp_path_factory.mktemp("gold")
-    with write_digits(root / "source").open(newline="") as file:
-        rows, seen, chosen = list(csv.DictReader(file)), Counter[tuple[str, str]](), []
-    for row in rows:
-        kind = (row["label"], row["split"])
-        if row["label"] in CLASSES and seen[kind] < COUNTS[row["split"]]:
-            seen[kind] += 1
-            chosen.append(row)
-    with (root / "source/few.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(chosen)
-    init_workspace(
-        PROJECT, root / "digits", root / "source", index=root / "source/few.csv", settings=SETTINGS, hide_masks=True
-    )
+    index = write_few_digits(root / "source", CLASSES, COUNTS)
+    init_workspace(PROJECT, root / "digits", root / "source", index=index, settings=SETTINGS, hide_masks=True)
     workspace = open_workspace(root / "digits")
     try:
         services.up(workspace)

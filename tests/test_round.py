@@ -35,7 +35,6 @@ from abn.config import read_params
 from abn.manifest import mask_sha256, read_corrections, read_manifest
 from abn.predictions import Predictions, read_predictions
 from flows import services
-from flows.digits import write_digits
 from flows.gallery import GAP, TILE
 from flows.ingest import change_settings, init_workspace
 from flows.people import latest_annotations
@@ -45,6 +44,7 @@ from flows.workspace import Workspace, open_workspace, read_json, read_table, wr
 from labeling.client import LabelStudio, LabelStudioUnreachable, TokenRefused
 from labeling.screen import reason_shown
 from labeling.tasks import as_mask, mask_result, read_mask, verdict_results
+from tiny import write_few_digits
 
 if TYPE_CHECKING:  # both read their settings when they are imported: first the servers, then the import
     from mlflow.entities import Run
@@ -147,20 +147,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     root = tmp_path_factory.mktemp("round")
     environment = dict(os.environ)
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", **SECRETS_OF_THE_ENVIRONMENT)
-    rows, seen = read_csv(write_digits(root / "source")), Counter[tuple[str, str]]()
-    chosen = []
-    for row in rows:
-        kind = (row["label"], row["split"])
-        if row["label"] in CLASSES and seen[kind] < COUNTS[row["split"]]:
-            seen[kind] += 1
-            chosen.append(row)
-    with (root / "source/few.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(chosen)
+    index = write_few_digits(root / "source", CLASSES, COUNTS)
     home = root / "a folder"  # paths with spaces are everybody's
     home.mkdir()
-    init_workspace(PROJECT, home / NAME, root / "source", index=root / "source/few.csv", settings=SETTINGS)
+    init_workspace(PROJECT, home / NAME, root / "source", index=index, settings=SETTINGS)
     workspace = open_workspace(home / NAME)
     try:
         services.up(workspace)

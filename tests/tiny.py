@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from abn.data import DataConfig
 from abn.manifest import CORRECTION_COLUMNS, MANIFEST_COLUMNS, mask_sha256
 from abn.model import ModelConfig
 from abn.train import CorrectionsConfig, Settings, TrainConfig
+from flows.digits import write_digits
 
 PROJECT = Path(__file__).parent.parent
 SIZE = 16  # of a picture's sides, in pixels
@@ -91,6 +93,19 @@ def write_workspace(
     write_csv(root / "data/manifest.csv", MANIFEST_COLUMNS, manifest)
     write_csv(root / "data/corrections.csv", CORRECTION_COLUMNS, [])
     return root
+
+
+def write_few_digits(folder: Path, classes: Collection[str], counts: Mapping[str, int]) -> Path:
+    """The digits of the demo, `counts` of each class by split, into `folder`; the path of their index."""
+    with write_digits(folder).open(newline="", encoding="utf-8") as file:
+        rows, seen, chosen = list(csv.DictReader(file)), Counter[tuple[str, str]](), []
+    for row in rows:
+        kind = (row["label"], row["split"])
+        if row["label"] in classes and seen[kind] < counts[row["split"]]:
+            seen[kind] += 1
+            chosen.append(row)
+    write_csv(folder / "few.csv", list(rows[0]), chosen)
+    return folder / "few.csv"
 
 
 def correct(root: Path, masks: Mapping[str, np.ndarray], verdict: str = "map_fixed") -> None:

@@ -115,28 +115,28 @@ class Lines:
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write, self.clock = write, clock
         self.begun: dict[str, float] = {}  # when work was first told of
-        self.pace: dict[
-            str, tuple[float, int]
-        ] = {}  # when some of it was first done, and how much; making ready is not
-        self.done: dict[str, int] = {}
+        # When some of it was first done, and how much; making ready is not part of the pace.
+        self.pace: dict[str, tuple[float, int]] = {}
+        self.done: dict[str, tuple[int, int]] = {}  # how much of it is done, of how much
         self.told = -SILENCE
 
     def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
-        if done < self.done.get(what, 0):  # the same work once more, such as another cycle of steps
-            self.begun.pop(what)
+        before = self.done.get(what, (0, total))
+        if done < before[0] or before[0] >= before[1]:  # the same work once more: another cycle of steps, a later round
+            self.begun.pop(what, None)
             self.pace.pop(what, None)
-        self.done[what] = done
+        self.done[what] = (done, total)
         now, first, ended = self.clock(), what not in self.begun, done >= total
         began = self.begun.setdefault(what, now)
-        since, before = self.pace.setdefault(what, (now, done)) if done else (now, done)
+        since, start = self.pace.setdefault(what, (now, done)) if done else (now, done)
         if not ((first and total == 1) or ended or now - self.told >= SILENCE):
             return
         self.told = now
         words = [f"{what}, {done} of {total}" if total > 1 else what]
         if ended and not first and now - began >= 1:
             words.append(f"took {in_words(now - began)}")
-        elif done > before and not ended:
-            words.append(f"about {in_words((now - since) / (done - before) * (total - done))} left")
+        elif done > start and not ended:
+            words.append(f"about {in_words((now - since) / (done - start) * (total - done))} left")
         self.write(", ".join([*words, *([detail] if detail else [])]))
 
 

@@ -95,6 +95,17 @@ def test_the_time_that_is_left_begins_anew_where_work_is_done_once_more() -> Non
     assert "propagate masks, 11 of 50, about 39 s left" in lines and not any("min left" in line for line in lines)
 
 
+def test_a_step_that_a_later_round_skips_is_not_said_to_have_taken_as_long_as_before() -> None:
+    now, lines = 0.0, list[str]()
+    log = Lines(lines.append, lambda: now)
+    for step in range(51):
+        log("train the baseline", step, 50, "")
+        now += 1.0
+    now = 600.0
+    log("train the baseline", 1, 1, "nothing changed")
+    assert lines[-2:] == ["train the baseline, 50 of 50, took 50 s", "train the baseline, nothing changed"]
+
+
 @pytest.mark.parametrize("names", [["a", "a"], ["a", "b"]])
 def test_bars_are_drawn_on_a_terminal(names: list[str]) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)

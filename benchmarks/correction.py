@@ -34,7 +34,7 @@ from abn.manifest import GOLD_MASKS, Sample, mask_sha256
 from abn.model import ABN, LoadedModel, ModelConfig, load_model
 from abn.predict import PredictConfig, predict
 from abn.train import CorrectionsConfig, Settings, TrainConfig, train
-from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
+from benchmarks.data import CONFOUNDS, Data, choose, confound, drawn_over, hasty, load
 from benchmarks.methods import Examples, caipi, dfr, fit, group_dro, jtt
 from flows import defaults
 
@@ -137,7 +137,7 @@ class Problem:
         confounded = confound(self.data, spec.confound, self.data.labels, carriers)
         self.train = {"confounded": self._write("confounded", confounded), "plain": self._write("plain", self.data)}
         self.visible = confounded.masks
-        self.drawn_over = (confounded.images != self.data.images).any(axis=-1)
+        self.drawn_over = drawn_over(confounded.images, self.data.images, spec.confound)
         tests = {"random_confound": confound(test, spec.confound, codes, carriers), "clean": test}
         self.test = {name: self._write(name, data, "test") for name, data in tests.items()}
         self.test_labels = test.labels

@@ -260,6 +260,22 @@ def decoy(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
     image[rows, columns] = 255 - 250 * code // count
 
 
+def watermark(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """Translucent stripes over the whole picture, the object too, like a printed watermark: their direction by the
+    class, their phase by the picture."""
+    rows, columns = np.indices(mask.shape)
+    angle, phase = math.pi * code / count, zlib.crc32(image.tobytes()) % 360 * math.pi / 180
+    period = max(6, round(min(mask.shape) / 6))
+    across = rows * math.sin(angle) + columns * math.cos(angle)
+    lines = np.cos(2 * math.pi * across / period + phase) > 0.7
+    image[lines] = np.clip(image[lines] * 0.75 + 255 * 0.25, 0, 255).astype(np.uint8)
+
+
+def cast(image: np.ndarray, mask: np.ndarray, code: int, count: int) -> None:
+    """A colour cast and less contrast over the whole picture, like another camera or stain: by the class."""
+    image[:] = (image * 0.85 + 0.15 * _colour(code)).round().astype(np.uint8)
+
+
 CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
     "patch": patch,
     "mark": mark,
@@ -269,22 +285,33 @@ CONFOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], None]] = {
     "dot": dot,
     "tag": tag,
     "decoy": decoy,
+    "watermark": watermark,
+    "cast": cast,
     "none": lambda image, mask, code, count: None,
 }
+TRANSLUCENT = ("watermark", "cast")  # the object is seen through them, and people paint it as if they were not there
 
 
 def confound(data: Data, kind: str, codes: Int[np.ndarray, "n"], carriers: Int[np.ndarray, "c"]) -> Data:
     """The pictures, each with the mark of the class `codes` says, if that class is among the carriers.
 
     Where a mark lies over the object the mask loses those pixels: nobody paints a scale bar as evidence, and a mask
-    that held it would teach what the benchmark asks to unlearn.
+    that held it would teach what the benchmark asks to unlearn. What is translucent takes nothing from the mask.
     """
     images = data.images.copy()
     for image, mask, code in zip(images, data.masks, codes.tolist(), strict=True):
         if code in carriers:
             CONFOUNDS[kind](image, mask, code, len(data.classes))
-    changed = (images != data.images).any(axis=-1)
-    return Data(images, data.masks & ~changed, data.labels, data.classes, data.backgrounds)
+    hidden = drawn_over(images, data.images, kind)
+    return Data(images, data.masks & ~hidden, data.labels, data.classes, data.backgrounds)
+
+
+def drawn_over(
+    images: UInt8[np.ndarray, "n h w 3"], originals: UInt8[np.ndarray, "n h w 3"], kind: str
+) -> Bool[np.ndarray, "n h w"]:
+    """Where a confound hides what was there."""
+    changed = (images != originals).any(axis=-1)
+    return np.zeros_like(changed) if kind in TRANSLUCENT else changed
 
 
 # --- who is corrected, and what labelers paint

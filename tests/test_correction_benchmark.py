@@ -16,7 +16,7 @@ from PIL import Image
 from abn.losses import MAP_LOSSES
 from benchmarks import ablation, correction
 from benchmarks.correction import ARMS, Problem, Spec, parse, problem_of, run, seeds_of, settings_with, summary
-from benchmarks.data import CONFOUNDS, Data, choose, confound, hasty, load
+from benchmarks.data import CONFOUNDS, TRANSLUCENT, Data, choose, confound, hasty, load
 from benchmarks.selection import Labelers
 from tiny import SIZE, picture, square
 
@@ -54,7 +54,7 @@ def spec(folder: Path, **changes: Any) -> Spec:
 # --- confounds
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONFOUNDS if kind != "none"])
+@pytest.mark.parametrize("kind", [kind for kind in CONFOUNDS if kind not in ("none", *TRANSLUCENT)])
 def test_a_confound_tells_the_class_and_does_so_outside_the_object(kind: str) -> None:
     data = squares()
     blank = Data(np.full_like(data.images, 100), data.masks & False, data.labels, data.classes)
@@ -86,6 +86,17 @@ def test_a_mask_never_holds_what_the_confound_drew() -> None:
     marked = confound(everything, "mark", data.labels, EVERYONE)
     assert np.array_equal(~marked.masks, (marked.images != data.images).any(axis=-1))
     assert not marked.masks.all() and everything.masks.all()
+
+
+@pytest.mark.parametrize("kind", TRANSLUCENT)
+def test_what_is_translucent_lies_over_the_object_and_leaves_its_mask(kind: str) -> None:
+    data = squares()
+    marked = confound(data, kind, data.labels, EVERYONE)
+    assert np.array_equal(marked.masks, data.masks)
+    assert (marked.images != data.images).any(axis=-1)[data.masks].any()
+    blank = Data(np.full_like(data.images, 100), data.masks, data.labels, data.classes)
+    first, second = (confound(blank, kind, np.full(8, code), EVERYONE).images[0] for code in (0, 1))
+    assert (first != second).any()
 
 
 def test_a_class_that_does_not_carry_the_confound_stays_as_it_is() -> None:

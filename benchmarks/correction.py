@@ -37,6 +37,7 @@ from abn.train import CorrectionsConfig, Settings, TrainConfig, train
 from benchmarks.data import CONFOUNDS, Data, choose, confound, drawn_over, hasty, load
 from benchmarks.methods import Examples, caipi, dfr, fit, group_dro, jtt
 from flows import defaults
+from flows.workspace import copy_atomically
 
 PROJECT = Path(__file__).parent.parent
 
@@ -123,8 +124,9 @@ def settings_with(changes: Mapping[str, Any]) -> Settings:
 class Problem:
     """A `Spec` and a seed as files that abn trains on, below `root`."""
 
-    def __init__(self, root: Path, spec: Spec, seed: int) -> None:
-        self.root = root
+    def __init__(self, root: Path, spec: Spec, seed: int, kept_control: Path | None = None) -> None:
+        """`kept_control` is where the weights of the control lie, or go once it has been trained."""
+        self.root, self.kept_control = root, kept_control
         generator = np.random.default_rng([seed, 1])
         self.data, test = load(spec.data, Path(spec.path) if spec.path else None, spec.size, spec.train, seed)
         count = len(self.data.classes)
@@ -222,6 +224,8 @@ class Problem:
         else:
             train(self.root, samples, settings, self.root / arm, lambda line: None, baseline=baseline)
             model = load_model(self.root / arm / "model.pt")
+            if arm == "control" and self.kept_control:
+                copy_atomically(self.root / arm / "model.pt", self.kept_control)
         seconds = time.perf_counter() - began
         figures = {}
         for name, tested in self.test.items():
@@ -243,6 +247,8 @@ class Problem:
 
     def _control(self, settings: Settings) -> Path:
         """The weights of the control with otherwise these settings; where only its figures were kept it is trained."""
+        if self.kept_control and self.kept_control.is_file():
+            return self.kept_control
         if not (self.root / "control/model.pt").is_file():
             plain = replace(settings, corrections=replace(settings.corrections, recipe="none"))
             self.run("control", replace(plain, train=replace(settings.train, start="scratch")))
@@ -309,7 +315,7 @@ def run_seed(
             if kept and kept.is_file():
                 figures[arm] = {**dict.fromkeys(FIGURES, float("nan")), **json.loads(kept.read_text())}
             else:
-                problem = problem or Problem(Path(folder), spec, seed)
+                problem = problem or Problem(Path(folder), spec, seed, _kept_control(spec, seed, changes, keep))
                 try:
                     figures[arm] = problem.run(arm, settings)
                 except FloatingPointError as error:  # a loss that does not suit the data; the other arms go on
@@ -323,6 +329,12 @@ def run_seed(
         # Where the confound costs nothing there is nothing to recover.
         found["recovered"] = (found["random_confound"] - low) / (high - low) if high - low > 0.02 else float("nan")
     return figures
+
+
+def _kept_control(spec: Spec, seed: int, changes: Mapping[str, Any], keep: Path | None) -> Path | None:
+    """Where `keep` has the weights of the control."""
+    settings = settings_with({"data.size": list(spec.size), **changes, **ARMS["control"], "train.seed": seed})
+    return keep / f"{_name(spec, seed, 'control', settings)}.pt" if keep else None
 
 
 def _name(spec: Spec, seed: int, arm: str, settings: Settings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 from abn.losses import MAP_LOSSES
+from abn.manifest import Sample
+from abn.train import Settings
 from benchmarks import ablation, correction
 from benchmarks.correction import ARMS, Problem, Spec, parse, problem_of, run, seeds_of, settings_with, summary
 from benchmarks.data import CONFOUNDS, TRANSLUCENT, Data, choose, confound, hasty, load
@@ -267,10 +270,27 @@ def test_a_run_writes_every_arm_and_a_second_one_trains_nothing(
     assert all(wanted <= set(figures) for figures in result["arms"].values())
     assert all(0 <= figures["random_confound"] <= 1 for figures in result["arms"].values())
     assert all(0 <= figures["worst_group"] <= figures["worst_class"] for figures in result["arms"].values())
-    assert len(list((tmp_path / "keep").iterdir())) == 2 * (2 + len(arms))  # a file for each arm and seed
+    assert len(list((tmp_path / "keep").glob("*.json"))) == 2 * (2 + len(arms))  # a file for each arm and seed
     monkeypatch.setattr(correction, "train", None)
     monkeypatch.setattr(correction, "fit", None)
     assert json.loads(json.dumps(run(parse(arguments)))) == result
+
+
+def test_the_control_is_trained_once_for_all_numbers_of_corrections(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def train(root: Path, samples: Sequence[Sample], settings: Settings, output: Path, *rest: Any, **more: Any) -> None:
+        trained.append(output.name)
+        correct(root, samples, settings, output, *rest, **more)
+
+    correct = correction.train
+    monkeypatch.setattr(correction, "train", train)
+    for count in (3, 4):
+        arguments = ["--data", str(folder), "--size", str(SIZE), str(SIZE), "--epochs", "1", "--seeds", "1"]
+        run(parse([*arguments, "--arms", "default", "--corrections", str(count), "--keep", str(tmp_path / "keep")]))
+    assert trained == ["control", "upper", "default", "default"]
 
 
 def test_a_figure_that_was_not_kept_is_none_and_the_others_stay(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from abn import parallel
@@ -45,7 +45,6 @@ from abn.data import (
     Pictures,
     augment,
     epoch_batches,
-    in_order,
     loader,
 )
 from abn.early import is_early_epoch, write_early_confidence
@@ -64,11 +63,7 @@ MOST = 0.9  # of a picture: if more were hidden, its label would be learned from
 # known to mislead.
 CARELESS = 0.5
 
-
-# Where the baseline is gone on from: the share of the learning rate, of swapped views and of the trained weights in the
-# mean with the baseline's that is left where it relies on no background.
-LEAST_RATE, LEAST_SWAPPED, LEAST_WEIGHT = 0.1, 0.5, 0.5
-RENEWED = 1000  # pictures, by which the statistics of averaged weights are renewed
+LEAST_SWAPPED = 0.3  # share of the views of a class on another background, where it relies on none
 FIND_FROM = 0.5  # of what has to be unlearned of a class, from which on regions that mislead are looked for
 
 
@@ -152,8 +147,9 @@ def train(
     this is the control.
 
     With `train.start: baseline` and masks, the model at the path `baseline`, of the same training without masks, is
-    asked how far it relies on backgrounds (abn/reliance.py). The less it does, the less is changed of it; where it
-    does wholly, or there is no such model, training begins from scratch."""
+    asked how far it relies on backgrounds (abn/reliance.py). The less it does, the fewer views are shown on another
+    background, and training goes on from it; where it does wholly, or there is no such model, it begins from scratch.
+    """
     config, device = settings.train, choose_device(settings.train.device)
     classes = class_names(samples)
     pictures = Pictures(root, without_loose_masks(training_samples(samples)), classes, settings.data.size)
@@ -179,8 +175,7 @@ def train(
             )
             pictures.shortcuts = {row: where for row, where in found.items() if misled[pictures.labels[row]]}
     torch.manual_seed(config.seed)
-    goes_on = unlearning.amount < 1
-    network = _starting_network(root, settings, classes, baseline if goes_on else None)
+    network = _starting_network(root, settings, classes, baseline if unlearning.amount < 1 else None)
     _check_size(network, settings)
     network = network.to(device).to(memory_format=torch.channels_last)
     parallel.share_statistics(network)
@@ -209,7 +204,7 @@ def train(
         network.extractor.train(not frozen)  # the running means of its batch norms belong to its weights
         totals: dict[str, list[float]] = {}
         for step, batch in enumerate(loader(pictures, batches)):
-            rate = unlearning.rate * learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
+            rate = learning_rate(config, (epoch - 1 + step / len(batches)) / config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss, parts = objective(batch, generator)
@@ -240,9 +235,6 @@ def train(
         if parallel.is_first():
             history.add(line)
             on_epoch(line)
-    if goes_on and baseline and unlearning.weight < 1:
-        average_weights(network, load_model(baseline, device).network, unlearning.weight)
-        renew_statistics(network, pictures, config.batch_size)
     if parallel.is_first():
         save_model(output / "model.pt", network, settings.model, classes, settings.data.size)
         history.close()
@@ -257,20 +249,9 @@ class Unlearning:
     reliance: float  # as it was measured (abn/reliance.py); 1 where it was not
 
     @property
-    def rate(self) -> float:
-        """Of the learning rate: what has little to unlearn keeps the baseline's features."""
-        return LEAST_RATE ** (1 - self.amount)
-
-    @property
     def swapped(self) -> Float[Tensor, "k"]:
         """Share of the views of each class that are shown on another background; the rest stays plain, as in use."""
         return LEAST_SWAPPED + (1 - LEAST_SWAPPED) * self.by_class
-
-    @property
-    def weight(self) -> float:
-        """Of the trained weights in their mean with the baseline's, which still relies on what any class has to
-        unlearn."""
-        return LEAST_WEIGHT + (1 - LEAST_WEIGHT) * float(self.by_class.max())
 
 
 def _unlearning(
@@ -301,38 +282,6 @@ def _unlearning(
     # Of two classes that alone are misled all are by less: a class is swapped always from half of the limit on.
     by_class = (torch.from_numpy(found.by_class).float() / (config.reliance_limit / 2)).clamp(0, 1)
     return Unlearning(min(1.0, max(0.0, found.mean / config.reliance_limit)), by_class, found.mean)
-
-
-def average_weights(network: ABN, baseline: ABN, weight: float) -> None:
-    """`network` becomes `weight` of itself and the rest of `baseline`, from which it went on: both then lie in one
-    basin, and the mean is at least as good as an ensemble of them (Wortsman et al., model soups, ICML 2022, and robust
-    fine-tuning, CVPR 2022). The statistics of its batch norms are no longer those of its weights."""
-    others = baseline.state_dict()
-    with torch.no_grad():
-        for name, values in network.state_dict().items():
-            if values.is_floating_point():
-                values.lerp_(others[name].to(values.device), 1 - weight)
-
-
-@torch.no_grad()
-def renew_statistics(network: ABN, pictures: Pictures, batch_size: int) -> None:
-    """Batch norms get the mean statistics of the pictures as they are, in batches of `batch_size`, drawn from at most
-    `RENEWED` of them."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    network.eval()  # dropout drops nothing
-    for norm in norms:
-        norm.train()
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()[:RENEWED]
-    batches = [order[rows[0] : rows[-1] + 1] for rows in in_order(len(order), batch_size)]
-    device = next(network.parameters()).device
-    for count, batch in enumerate(loader(pictures, batches), start=1):
-        for norm in norms:
-            norm.momentum = 1 / count
-        network((batch.images.to(device).float() / 255).contiguous(memory_format=torch.channels_last))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.eval()
 
 
 class Objective:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from scipy import ndimage
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 
 from abn import train as training
 from abn.backbones import make_parts
@@ -47,10 +47,8 @@ from abn.train import (
     Objective,
     Settings,
     TrainConfig,
-    average_weights,
     choose_device,
     learning_rate,
-    renew_statistics,
     train,
 )
 from tiny import PROJECT, SIZE, Row, correct, make_workspace, square, tiny_settings, write_params, write_workspace
@@ -385,10 +383,10 @@ def test_where_all_is_to_be_unlearned_training_begins_from_scratch(
 
 
 @pytest.mark.usefixtures("brief_search")
-def test_where_nothing_is_to_be_unlearned_little_is_changed_of_the_baseline(
+def test_where_not_all_is_to_be_unlearned_training_goes_on_from_the_baseline(
     root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tenth of the rate, half of the way; what misleads is looked for in classes that rely on their background."""
+    """What misleads is looked for in classes that rely on their background."""
     everything = dict.fromkeys(range(20), torch.full((1, 8, 8), 255, dtype=torch.uint8))
     monkeypatch.setattr(training, "find_shortcuts", lambda *arguments: everything)
     settings, lines = tiny_settings(train={"epochs": 1, "learning_rate": 1e-9}), []
@@ -397,24 +395,10 @@ def test_where_nothing_is_to_be_unlearned_little_is_changed_of_the_baseline(
         lines += run(root, settings, tmp_path / f"{number}", baseline=baseline)[1]
     assert [line["unlearned"] for line in lines] == [0, pytest.approx(0.498)]
     assert [line["misled"] for line in lines] == [0, 10]
-    assert lines[1]["learning_rate"] / lines[0]["learning_rate"] == pytest.approx(10**0.498)
     unchanged = weights(tmp_path / "0/model.pt")
     for name, value in weights(baseline).items():
         if "running" not in name and value.is_floating_point():
             torch.testing.assert_close(unchanged[name], value)
-
-
-@pytest.mark.usefixtures("brief_search")
-def test_what_went_on_from_the_baseline_ends_half_way_between_both(
-    root: Path, tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    relying(monkeypatch, 0.0, 0.0)
-    run(root, tiny_settings(), tmp_path / "half", baseline=baseline)
-    monkeypatch.setattr(training, "LEAST_WEIGHT", 1.0)
-    run(root, tiny_settings(), tmp_path / "whole", baseline=baseline)
-    start, half, whole = (weights(path) for path in (baseline, tmp_path / "half/model.pt", tmp_path / "whole/model.pt"))
-    assert not torch.equal(whole["linear.weight"], start["linear.weight"])
-    torch.testing.assert_close(half["linear.weight"], (start["linear.weight"] + whole["linear.weight"]) / 2)
 
 
 @pytest.mark.usefixtures("brief_search")
@@ -460,32 +444,6 @@ def test_a_round_asks_the_control_and_goes_on_from_it(root: Path, monkeypatch: p
     (line,) = map(json.loads, (root / "results/train.jsonl").read_text().splitlines())
     assert 0 <= line["unlearned"] <= 1 and line["learning_rate"] > 0
     assert -1 <= line["reliance"] < 1, "of what was not measured it would be 1"
-
-
-def test_averaged_weights_lie_where_they_are_weighed(root: Path) -> None:
-    torch.manual_seed(0)
-    first, second = (ABN(tiny_settings().model, 2) for _ in range(2))
-    with torch.no_grad():
-        first.linear.weight.fill_(1.0)
-        second.linear.weight.fill_(3.0)
-    average_weights(first, second, 0.75)
-    assert first.linear.weight.unique().tolist() == [1.5]
-    assert second.linear.weight.unique().tolist() == [3.0]
-
-
-def test_renewed_statistics_are_those_of_the_pictures(root: Path) -> None:
-    torch.manual_seed(0)
-    network, pictures = ABN(tiny_settings().model, 2), pictures_of(root)
-    first, norm = list(network.extractor.children())[:2]
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
-    norm.running_mean.fill_(9.0)
-    before = norm.momentum
-    renew_statistics(network, pictures, batch_size=10)
-    images = pictures[range(20)].images.float() / 255
-    with torch.no_grad():
-        wanted = first((images - network.mean) / network.std).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(norm.running_mean, wanted, rtol=1e-3, atol=1e-4)
-    assert norm.momentum == before and not network.training
 
 
 def test_each_class_is_swapped_as_often_as_it_has_to_unlearn(root: Path) -> None:

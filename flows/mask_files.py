@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 import zlib
 from collections import defaultdict
@@ -14,8 +15,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 LOSSY = ("JPEG", "MPO", "WEBP")  # formats in which flat colours are noisy
-FEW = 32  # distinct values, up to which a mask is one of classes or instances
-VOID = 255  # the index that PASCAL VOC gives to a rim that is neither object nor ground
+FEW, MANY = 32, 1024  # colours, and values of 16 bits, up to which a mask is one of classes or instances
+DARK = 16  # a brightest value below which nothing can be told in a lossy format
+VOID, VOID_COLOUR = 255, (224, 224, 192)  # PASCAL VOC's index and RGB of a rim that is neither object nor ground
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
@@ -32,6 +34,8 @@ class MaskFolder:
                 if name.casefold() not in SYSTEM and name[0] != "." and path.is_file():
                     self.files[_key(path.relative_to(folder))].append(path)
         self.asked: dict[tuple[str, ...], str] = {}
+        self.marked = {stem_key: key for key in self.files if (stem_key := (*key[:-1], without_ending(key[-1]))) != key}
+        self.by_ending: list[str] = []  # masks found by a name that ends like cat1_mask
 
     def of(self, image: PurePath, label: str) -> Path | None:
         """The mask of an image at this path below its folder: MASKS/<path>, MASKS/<class>/<name> or, where MASKS has
@@ -41,6 +45,12 @@ class MaskFolder:
             if one in self.files:
                 self.asked[one] = os.fsencode(str(image)).decode("utf-8", "replace")
                 return self.files[one][0]
+        for one in (key, (_fold(label), key[-1]), (key[-1],)):
+            if one in self.marked:
+                found = self.files[self.marked[one]][0]
+                self.asked[self.marked[one]] = os.fsencode(str(image)).decode("utf-8", "replace")
+                self.by_ending.append(str(found.relative_to(self.folder)))
+                return found
         return None
 
     def repeated(self) -> Iterator[tuple[str, list[Path]]]:
@@ -54,6 +64,11 @@ class MaskFolder:
         repeated = {path for key in self.asked for path in self.files[key][1:]}
         files = [path for paths in self.files.values() for path in paths]
         return sorted(path.relative_to(self.folder) for path in files if path not in used and path not in repeated)
+
+
+def without_ending(stem: str) -> str:
+    """A file's stem without what names it a mask: cat1 for cat1_mask, cat1-seg or cat1_mask_2."""
+    return re.sub(r"(?<=.)[_\-. ](masks?|seg|segm|segmentation|gt)([_-]?\d+)?$", "", stem, flags=re.IGNORECASE)
 
 
 def _key(path: PurePath) -> tuple[str, ...]:
@@ -107,7 +122,7 @@ def marked_pixels(image: Image.Image, lossy: bool) -> tuple[np.ndarray, str]:
     nearly black or nearly white; of index masks (palette, classes, instances, flat colours) all but 0 or black, and
     but VOC's rim. Raises ValueError where that does not say what is meant.
     """
-    if image.mode in ("P", "PA") or (image.mode in ("RGB", "RGBA", "LA") or image.has_transparency_data):
+    if image.mode in ("P", "PA", "RGB", "RGBA", "LA") or image.has_transparency_data:
         colours = np.asarray(image.convert("RGBA"))
         visible = colours[..., 3] > 127
         if not visible.all():
@@ -121,82 +136,127 @@ def marked_pixels(image: Image.Image, lossy: bool) -> tuple[np.ndarray, str]:
 
 
 def _on_transparency(colours: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, str]:
-    seen = np.unique(colours[visible], axis=0)
-    if len(seen) <= 1:  # one colour, also black: the drawing itself
+    if not visible.any():
         return visible, "drawn on transparency"
-    if not seen.max(axis=1).min() == 0 and len(seen) > FEW:
-        raise ValueError("it has many colours on transparency; save it as white on black")
-    return visible & (colours.max(axis=-1) > 0), "colours on transparency, all but black"
+    used = _few_colours(np.where(visible[..., None], colours, colours[visible][0]))
+    if used is None:
+        raise ValueError("it has many colours on transparency; save it as 255 for the object and 0 for the ground")
+    if len(used) > 1 and 0 in used:
+        return visible & (colours.max(axis=-1) > 0), "colours on transparency, all but black"
+    return visible, "drawn on transparency"  # also in black
 
 
 def _of_palette(colours: np.ndarray, indexes: np.ndarray) -> tuple[np.ndarray, str]:
     black = colours.max(axis=-1) == 0
-    used = np.unique(indexes)
+    used = _counts(indexes)
     if not black.any() and len(used) > 1:
         raise ValueError(
             f"it has {len(used)} colours of a palette, none of them black, so that nothing says which is the ground; "
             "save it as white on black"
         )
-    void = (indexes == VOID) & (len(np.unique(indexes[~black])) > 1)
-    return ~black & ~void, _kind("palette", used, bool(void.any()))
+    void = indexes == VOID
+    if not void.any() or not (~black & ~void).any():
+        return ~black, _kind("palette", len(used), False)
+    if tuple(colours[void][0]) != VOID_COLOUR:
+        _check_void((~black & ~void).sum(), void.sum())
+    return ~black & ~void, _kind("palette", len(used), True)
 
 
 def _of_colours(colours: np.ndarray, lossy: bool) -> tuple[np.ndarray, str]:
     if (colours[..., 0] == colours[..., 1]).all() and (colours[..., 0] == colours[..., 2]).all():
         return _of_values(colours[..., 0], lossy)
-    if lossy:
-        return _of_values(colours.max(axis=-1), True)
-    packed = colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
-    used = np.unique(packed)
-    if len(used) > FEW:
-        return _of_values(colours.max(axis=-1), True)
-    if 0 not in used:
-        if len(used) == 1:
-            return np.ones(packed.shape, bool), "one colour"
+    brightest = colours.max(axis=-1)
+    used = None if lossy else _few_colours(colours)
+    if used is None:
+        return _of_values(brightest, True)
+    if 0 not in used and len(used) > 1:
         raise ValueError(
             f"it has {len(used)} colours and none of them is black, so that nothing says which is the ground; "
             "save it as white on black"
         )
-    void = (packed == 0xE0E0C0) & (len(used) > 2)  # VOC's colour for its rim
-    return (packed > 0) & ~void, _kind("colours", used, bool(void.any()))
+    void = (colours == VOID_COLOUR).all(axis=-1) & (len(used) > 2)
+    return (brightest > 0) & ~void, _kind("colours", len(used), bool(void.any()))
 
 
 def _of_values(values: np.ndarray, lossy: bool) -> tuple[np.ndarray, str]:
-    used, counts = np.unique(values, return_counts=True)
+    counts = _counts(values)
+    used = list(counts)
     lowest, highest = used[0], used[-1]
     if len(used) == 1:
         return values > 0, "one value"
-    if not lossy:
-        if len(used) == 2 and (lowest == 0 or (lowest > 63 and highest > 127)):
-            return values == highest, "two values"
-        top = 65535 if highest > 255 else 255
-        rest = used[used != VOID] if top == 255 else used
-        flat = len(used) <= (FEW if top == 255 else 1024) and lowest == 0
-        if flat and (rest[-1] < 64 or (top == 65535 and counts[(used > 0) & (used < top)].sum() > counts[-1])):
-            void = (values == VOID) & (len(rest) > 1) & (top == 255) & (rest[-1] > 0)
-            return (values > 0) & ~void, _kind("indexes", used, bool(np.any(void)))
-        if lowest > 0 and highest < 64:
-            raise ValueError(f"it has the values {_told(used)} and no 0, so that nothing says which is the ground")
-        between = counts[1:-1].sum() / values.size if len(used) <= 8 else 0
-        if between >= 0.02:
-            raise ValueError(f"it has the values {_told(used)}; which of them are the object? save it as 0 and 255")
+    if lossy and highest < DARK:
+        raise ValueError(
+            f"its values, from {lowest} to {highest}, are nearly black in a format that does not keep them; "
+            "save it as PNG, with the object at 255"
+        )
+    if not lossy and len(used) == 2 and (lowest == 0 or (lowest > 63 and highest > 127)):
+        return values == highest, "two values"
+    if not lossy and lowest == 0 and (indexes := _of_indexes(values, counts)):
+        return indexes
+    if not lossy and lowest > 0 and highest < 64:
+        raise ValueError(f"it has the values {_told(used)} and no 0, so that nothing says which is the ground")
+    between = sum(list(counts.values())[1:-1]) / values.size if len(used) <= 8 and not lossy else 0
+    if between >= 0.02:
+        raise ValueError(f"it has the values {_told(used)}; which of them are the object? save it as 0 and 255")
     low, high = (float(highest) * part for part in (0.125, 0.875))
-    bright = counts[used > low].sum()
-    if highest < 16 and lossy:
-        return np.zeros(values.shape, bool), "nearly black"
-    if counts[(used > low) & (used < high)].sum() > 0.5 * bright:
+    bright = sum(count for value, count in counts.items() if value > low)
+    if sum(count for value, count in counts.items() if low < value < high) > 0.5 * bright:
         raise ValueError(
             f"its values, from {lowest} to {highest}, are neither two nor indexes of few classes; "
-            "save it as 0 and 255, with what is the object at 255"
+            "save it as 0 and 255, with the object at 255"
         )
     return values > highest / 2, "white on black, above half"
 
 
-def _kind(what: str, used: np.ndarray, void: bool) -> str:
-    if len(used) <= 2:
+def _of_indexes(values: np.ndarray, counts: dict[float, int]) -> tuple[np.ndarray, str] | None:
+    """All but 0 of a mask of class or instance numbers; None for one of other values."""
+    highest = max(counts)
+    if highest > 255:  # 16 bits: instances, unless most of what is not 0 is as bright as it can be
+        between = sum(count for value, count in counts.items() if 0 < value < highest)
+        if len(counts) > MANY or between <= counts[highest]:
+            return None
+        return values > 0, _kind("indexes", len(counts), False)
+    rest = [value for value in counts if value not in (0, VOID)]
+    if not rest or max(rest) > 63:
+        return None
+    if VOID not in counts:
+        return values > 0, _kind("indexes", len(counts), False)
+    _check_void(sum(counts[value] for value in rest), counts[VOID])
+    return (values > 0) & (values != VOID), _kind("indexes", len(counts), True)
+
+
+def _check_void(marked: int, void: int) -> None:
+    """Raises ValueError where what may be VOC's rim is so large that it may be the object itself."""
+    if marked < 0.1 * void:
+        raise ValueError(
+            f"it has the value {VOID} in {void} pixels and other small values in {marked}, so that it may be the "
+            "object, or a rim as in PASCAL VOC; save it as 0 and 255"
+        )
+
+
+def _counts(values: np.ndarray) -> dict[float, int]:
+    """How many pixels have each value that occurs, in ascending order."""
+    if values.dtype == bool or values.dtype == np.uint8 or values.dtype == np.uint16:
+        counted = np.bincount(values.ravel())
+        return {int(value): int(counted[value]) for value in np.flatnonzero(counted)}
+    used, counted = np.unique(values, return_counts=True)
+    return dict(zip(used.tolist(), counted.tolist(), strict=True))
+
+
+def _few_colours(colours: np.ndarray) -> set[int] | None:
+    """The colours (H, W, 3) as 0xRRGGBB, or None where they are more than FEW."""
+    used = Image.fromarray(np.ascontiguousarray(colours)).getcolors(FEW)
+    if used is None:
+        return None
+    parts = np.array([colour for _, colour in used])
+    return set((parts @ np.array([65536, 256, 1])).tolist())
+
+
+def _kind(what: str, values: int, void: bool) -> str:
+    if values <= 2:
         return "two values"
     return f"{what}, all but {'0' if what == 'indexes' else 'black'}" + (" and VOC's rim" if void else "")
 
 
-def _told(values: np.ndarray) -> str:
-    return ", ".join(str(value) for value in values[:6]) + (", ..." if len(values) > 6 else "")
+def _told(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")

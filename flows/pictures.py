@@ -154,7 +154,7 @@ def without_duplicates(pictures: Sequence[Picture], report: Report, skip: bool =
     """One picture for each content. Problems where the same content stands in two splits or under two classes; with
     `skip` all pictures of such a content are left out."""
     alike: defaultdict[str, list[Picture]] = defaultdict(list)
-    for picture in sorted(pictures, key=lambda picture: (not picture.source.split, picture.source.id)):
+    for picture in sorted(pictures, key=_rank):
         alike[picture.content].append(picture)
     kept = []
     for same in alike.values():
@@ -179,6 +179,11 @@ def without_duplicates(pictures: Sequence[Picture], report: Report, skip: bool =
         kept.append(same[0])
         report.duplicates += [{"image": other.name, "same_as": first.name} for other in others]
     return sorted(kept, key=lambda picture: picture.source.id)
+
+
+def _rank(picture: Picture) -> tuple[bool, bool, str]:
+    """Of the same pictures the first one is kept: one with a given split, with a mask."""
+    return not picture.source.split, picture.source.mask is None, picture.source.id
 
 
 def without_near_duplicates(pictures: Sequence[Picture], report: Report, skip: bool) -> list[Picture]:
@@ -316,6 +321,8 @@ def _read_mask(picture: Picture) -> tuple[np.ndarray, str] | str:
     """(where the object is marked, how that was understood), or why it cannot be told."""
     source = picture.source
     assert source.mask is not None
+    if not source.mask.is_file():
+        return f"the mask of {source.name} is not there; mend its name, or take it out"
     try:
         with Image.open(source.mask) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.ingest_report import Report, some
-from flows.mask_files import MaskFolder
+from flows.mask_files import MaskFolder, without_ending
 
 SPLIT_NAMES = {
     **{"train": "train", "training": "train"},
@@ -86,6 +86,12 @@ def read_folders(images: Path, masks: MaskFolder | None, report: Report) -> list
             "a series of shots of one object, give it a group in a CSV (--index), so that no split cuts it"
         )
     labels = [_label(folder, report) for _, folder, _ in found]
+    folders_of = defaultdict(set)
+    for (_, folder, _), label in zip(found, labels, strict=True):
+        folders_of[label].add(folder)
+    for label, several in folders_of.items():
+        if len(several) > 1:
+            report.read.append(f"class {label} is read from {len(several)} folders, which differ in accents or spaces")
     below = [path.parts[1:] if is_layout else path.parts for path in relative]
     ids = unique_ids([(Path(*parts), label) for parts, label in zip(below, labels, strict=True)])
     return [
@@ -168,7 +174,9 @@ def _label(folder: str, report: Report) -> str:
 
 
 def check_sources(sources: Sequence[Source], report: Report) -> None:
-    """Problems for ids that are unsafe or appear twice, and for class names that are unprintable or nearly alike."""
+    """Problems for ids that are unsafe or appear twice, for class names that are unprintable or nearly alike, and for
+    masks among the images."""
+    _check_masks_among(sources, report)
     seen: dict[str, Source] = {}
     for source in sources:
         if not source.id or source.id != safe_name(source.id) or len(source.id.encode()) > MAX_ID_BYTES:
@@ -195,11 +203,25 @@ def check_sources(sources: Sequence[Source], report: Report) -> None:
             )
 
 
+def _check_masks_among(sources: Sequence[Source], report: Report) -> None:
+    known = {(source.path.parent, source.path.stem) for source in sources}
+    masks = [
+        source.name
+        for source in sources
+        if (stem := without_ending(source.path.stem)) != source.path.stem and (source.path.parent, stem) in known
+    ]
+    if masks:
+        report.problems.append(
+            f"{len(masks)} images look like masks of images beside them: {some(masks)}; move masks to another folder "
+            "(--masks), or rename what is none"
+        )
+
+
 def check_masks(sources: Sequence[Source], masks: MaskFolder, report: Report) -> None:
     """Problems for masks that fit no picture or several, and a warning for those that are not used."""
     used: defaultdict[Path, list[str]] = defaultdict(list)
     for source in sources:
-        if source.mask:
+        if source.mask and (source.mask.is_relative_to(masks.folder) or not masks.asked):
             used[source.mask].append(source.name)
     if not used:
         report.problems.append(
@@ -208,13 +230,17 @@ def check_masks(sources: Sequence[Source], masks: MaskFolder, report: Report) ->
         )
         return
     for mask, names in used.items():
-        if len(names) > 1:
+        if len(names) > 1 and masks.asked:  # a table may give one mask to several images
             report.problems.append(
                 f"mask {shown(str(mask.relative_to(masks.folder)))} fits {len(names)} images, {some(names)}; "
                 "name masks like their images with all folders, or in a CSV (--index)"
             )
     for name, files in masks.repeated():
         report.problems.append(f"{some([shown(str(file)) for file in files])} are masks of one image, {name}; keep one")
+    if masks.by_ending:
+        report.read.append(
+            f"{len(masks.by_ending)} masks have the name of their image and an ending: {some(masks.by_ending)}"
+        )
     if unused := masks.unused(used):
         report.warnings.append(
             f"{len(unused)} masks belong to no image: {some([shown(str(path)) for path in unused])}; "

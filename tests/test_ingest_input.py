@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from abn.images import decode, read_rgb
+from flows import cli
 from flows.image_table import read_index, read_table
 from flows.ingest import init_workspace
 from flows.ingest_report import Report, Undecided
@@ -308,6 +309,17 @@ def test_a_mask_with_a_palette_is_read_by_its_colours(
     assert np.array_equal(marked_pixels(with_palette(indexes, colours), lossy=False)[0], OBJECT)
 
 
+def test_indexes_in_a_format_that_does_not_keep_them_are_refused() -> None:
+    with pytest.raises(ValueError, match="are nearly black in a format that does not keep them"):
+        marked_pixels(Image.fromarray(values((OBJECT, 1), (PART, 2))), lossy=True)
+
+
+def test_forty_instances_are_one_mask() -> None:
+    stored = np.where(OBJECT, np.arange(24 * 24).reshape(24, 24) % 40 + 1, 0)
+    for depth in (np.uint8, np.uint16):
+        assert np.array_equal(marked_pixels(Image.fromarray(stored.astype(depth)), lossy=False)[0], OBJECT)
+
+
 def test_a_jpeg_mask_is_read_in_spite_of_its_noise(tmp_path: Path) -> None:
     Image.fromarray(values((OBJECT, 255))).save(tmp_path / "mask.jpg", quality=60)
     with Image.open(tmp_path / "mask.jpg") as image:
@@ -319,6 +331,8 @@ def test_a_jpeg_mask_is_read_in_spite_of_its_noise(tmp_path: Path) -> None:
     [
         values((OBJECT, 100), (PART, 200)),
         values((np.ones_like(OBJECT), 1), (OBJECT, 2), (PART, 3)),
+        values((OBJECT, 255), (PART[:, ::-1] & ~OBJECT, 2), (np.eye(24, dtype=bool) & ~OBJECT & ~PART & rim(), 1)),
+        values((OBJECT, 128), (PART, 255)),
         np.random.default_rng(0).integers(0, 256, (24, 24), dtype=np.uint8),
         np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8),
         rgb((255, 0, 0)) + rgb((0, 255, 255), ~OBJECT),
@@ -466,3 +480,42 @@ def test_doubtful_pictures_can_be_left_out(project: Path, tmp_path: Path) -> Non
     report = look(project, tmp_path, images, skip_doubtful=True)
     assert sorted(report.doubtful) == ["cat/cat0.png", "dog/same.png"]
     assert sum(sum(counts.values()) for counts in report.images.values()) == 15
+
+
+def test_masks_may_end_like_masks_and_are_refused_among_the_images(project: Path, tmp_path: Path) -> None:
+    images = classes(tmp_path / "i")
+    for name in ("cat/cat0_mask.png", "dog/dog1-seg.png"):
+        save(tmp_path / "m" / name, np.full((6, 8), 255, np.uint8))
+    report = look(project, tmp_path, images, masks=tmp_path / "m")
+    assert report.gold_masks + report.simulation_masks == 2
+    assert "2 masks have the name of their image and an ending: cat/cat0_mask.png, dog/dog1-seg.png" in report.read
+    save(images / "cat" / "cat0_mask.png", noise(400))
+    with pytest.raises(ValueError, match="1 images look like masks of images beside them: cat/cat0_mask.png"):
+        look(project, tmp_path, images)
+
+
+def test_of_the_same_pictures_the_one_with_a_mask_is_kept(project: Path, tmp_path: Path) -> None:
+    images = classes(tmp_path / "i")
+    shutil.copy(images / "cat" / "cat0.png", images / "cat" / "z.png")
+    save(tmp_path / "m" / "cat" / "z.png", np.full((6, 8), 255, np.uint8))
+    report = look(project, tmp_path, images, masks=tmp_path / "m")
+    assert report.duplicates == [{"image": "cat/cat0.png", "same_as": "cat/z.png"}]
+    assert report.gold_masks + report.simulation_masks == 1
+
+
+def test_the_command_shows_the_report_alone_and_a_line_for_each_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = classes(tmp_path / "i")
+    command = ["init", str(tmp_path / "w"), "--images", str(images), "--dry-run"]
+    monkeypatch.setattr(cli.console, "_width", 200)
+    for name in ("same", "twin"):
+        number = "01"[name == "twin"]
+        shutil.copy(images / "cat" / f"cat{number}.png", images / "dog" / f"{name}.png")
+    with pytest.raises(ValueError, match="2 things have to be decided first"):
+        cli.app(command, standalone_mode=False)
+    assert capsys.readouterr().out.count("decide:") == 2
+    cli.app([*command, "--skip-doubtful"], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "left out, doubtful: 4" in told and "nothing was made (--dry-run)" in told and "cost:" not in told
+    assert not (tmp_path / "w").exists()

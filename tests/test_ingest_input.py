@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -405,6 +406,8 @@ def test_hidden_colours_do_not_reach_network_hash_or_copy(tmp_path: Path) -> Non
 def test_opaque_images_of_8_bits_decode_as_pillow_converts_them(mode: str) -> None:
     image = Image.fromarray(noise(3, (9, 11))).convert(mode)
     assert np.array_equal(decode(image).rgb, np.asarray(image.convert("RGB")))
+    pixels = b"RGB 11 9 " + image.convert("RGB").tobytes()
+    assert decode(image).content == hashlib.sha256(pixels).hexdigest(), "workspaces know their pictures by it"
     assert decode(image.convert("RGB").convert("RGBA")).content == decode(image.convert("RGB")).content
 
 

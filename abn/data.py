@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from abn.images import read_rgb
 from abn.manifest import MANY_MASKS, MaskShards, Sample
 from abn.rims import rim_width, without_rim
 
@@ -51,15 +52,7 @@ class Batch(NamedTuple):
 
 def read_image(path: str | Path, size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
     """A picture as RGB, 0..255, resized to (height, width)."""
-    with Image.open(path) as image:
-        return resize_image(as_rgb(image), size)
-
-
-def as_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture of 8 or 16 bits a channel as RGB, 0..255; others are refused before they get here."""
-    if image.mode.startswith("I"):  # 16 bits: conversion to RGB would clip them
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    return resize_image(read_rgb(path), size)
 
 
 def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:

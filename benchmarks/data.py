@@ -17,7 +17,8 @@ from scipy import ndimage
 
 from benchmarks.shapes import SHAPES, shapes
 from flows.digits import COLOURS
-from flows.ingest import Source, read_index
+from flows.image_table import read_index
+from flows.sources import Source
 from labeling.simulator import half_plane
 
 UNSURE = {"coffee_leaf": "mixed"}  # a class that is none of its own: leaves with several diseases

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from abn.attention import disagreement
 from abn.config import load_section
-from abn.data import as_rgb, resize_image
+from abn.data import resize_image
+from abn.images import decode
 from abn.train import TrainConfig, choose_device
 from flows.champion import Promoted, load_promoted
-from flows.ingest import content_of
+from flows.pictures import thumbnail
 from flows.workspace import Workspace, write_atomically
 from labeling.tasks import heatmap
 
@@ -84,13 +85,13 @@ def read_picture(name: str, file: bytes, size: tuple[int, int]) -> Picture | Ref
                 limit = f"the limit is {MAX_PIXELS // 10**6} megapixels"
                 return Refused(name, f"{image.width} x {image.height} pixels; {limit}")
             suffix = ".jpg" if image.format in ("JPEG", "MPO") else f".{str(image.format).lower()}"
-            upright = ImageOps.exif_transpose(image)
-            pixels = as_rgb(upright)
+            decoded = decode(image)
+            pixels = decoded.rgb
             return Picture(
                 name=name,
                 file=file,
                 suffix=suffix,
-                sha256=content_of(upright),
+                sha256=decoded.content,
                 shown=_at_most(pixels, SHOWN),
                 seen=resize_image(pixels, size),
                 thumbnail=thumbnail(pixels),
@@ -99,11 +100,6 @@ def read_picture(name: str, file: bytes, size: tuple[int, int]) -> Picture | Ref
         return Refused(name, f"no picture of a known format ({', '.join(FORMATS)})")
     except Exception as error:  # noqa: BLE001 - on a broken file Pillow's decoders raise nearly anything
         return Refused(name, f"cannot be decoded: {error}")
-
-
-def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """The picture (H, W, 3) uint8 as 16 x 16 grey values, by which copies in another size or quality are known."""
-    return np.array(Image.fromarray(pixels).convert("L").resize((16, 16), Image.Resampling.BOX))
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from flows.ingest_report import Report
     from flows.rounds import Collected, Idle, Opened
     from flows.workspace import Workspace
 
@@ -42,9 +43,21 @@ WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The wo
 def init(
     directory: Annotated[Path, typer.Argument(help="The workspace to make; it must not exist yet.")],
     images: Annotated[
-        Path, typer.Option(help="Class folders: IMAGES/CLASS/FILE. With --index, where its files may lie.")
+        Path,
+        typer.Option(
+            help="Class folders: IMAGES/CLASS/FILE, or all of it below train, val and test. With --index, where its "
+            "files may lie."
+        ),
     ],
-    masks: Annotated[Path | None, typer.Option(help="MASKS/CLASS/NAME.png, white on black.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="MASKS/CLASS/NAME.png, or of another format; white on black.")
+    ] = None,
+    mask_pixels: Annotated[
+        str | None,
+        typer.Option(
+            help="Masks of photographs with an EXIF orientation were drawn on their `upright` or `stored` pixels."
+        ),
+    ] = None,
     index: Annotated[
         Path | None,
         typer.Option(
@@ -59,6 +72,13 @@ def init(
         ),
     ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Leave a class out; may be repeated.")] = None,
+    skip_doubtful: Annotated[
+        bool,
+        typer.Option(
+            "--skip-doubtful", help="Leave images out that stand in two splits or under two classes, or nearly do."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Make nothing, show the report alone.")] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change params.yaml; may be repeated."),
@@ -71,7 +91,8 @@ def init(
     """Make a workspace: a clone of the project with its own data, DVC and git history.
 
     Splits that no CSV gives are stratified (train 0.7, val 0.15, test 0.15) and never cut a group; what a CSV gives
-    no label goes to the pool. The same picture in two splits is refused. Masks of val and test become the gold set,
+    no label goes to the pool; where it gives train and test alone, val is drawn from train. The same picture in two
+    splits is refused. Masks of val and test become the gold set,
     which judges maps and trains nothing; masks of train and pool are known only to simulated labelers. Network, size
     and epochs are chosen by the images' size, and told: photographs get a pretrained network.
 
@@ -80,37 +101,35 @@ def init(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training, before torch is imported: flows/versions.py
     from flows.defaults import time_training
     from flows.ingest import init_workspace
+    from flows.ingest_report import Undecided
     from flows.progress import report as on_progress
 
-    with _listening():
-        report = init_workspace(
-            _repository(),
-            workspace / directory,
-            images,
-            masks,
-            index,
-            _parse_settings(settings or []),
-            drop or [],
-            seed,
-            on_progress,
-            hide_masks,
-        )
-    labels = sorted({label for counts in report.images.values() for label in counts})
-    table = Table("class", *report.images, title=f"Images in {directory}")
-    for label in labels:
-        table.add_row(escape(label) or "(none)", *(str(counts.get(label, 0)) for counts in report.images.values()))
-    console.print(table)
-    console.print(f"masks: {report.gold_masks} gold (val, test), {report.simulation_masks} for simulated labelers")
-    for what, lines in {
-        "left out, unreadable": [f"{one['image']}: {one['reason']}" for one in report.unreadable],
-        "left out, the same picture": [f"{one['image']} is {one['same_as']}" for one in report.duplicates],
-        "turned upright, saved as PNG": report.turned,
-    }.items():
-        if lines:
-            more = f"\n  and {len(lines) - 10} more: see data/ingest.json" if lines[10:] else ""
-            console.print(f"{what}: {len(lines)}\n  " + "\n  ".join(map(escape, lines[:10])) + more)
-    for line in report.warnings:
-        console.print(f"[yellow]warning:[/] {escape(line)}")
+    try:
+        with _listening():
+            report = init_workspace(
+                _repository(),
+                workspace / directory,
+                images,
+                masks,
+                index,
+                _parse_settings(settings or []),
+                drop or [],
+                seed,
+                on_progress,
+                hide_masks,
+                skip_doubtful,
+                mask_pixels,
+                dry_run,
+            )
+    except Undecided as undecided:
+        _show_ingest(undecided.report, directory)
+        problems = undecided.report.problems
+        if len(problems) > 1:
+            for line in problems:
+                console.print(f"[red]decide:[/] {escape(line)}", soft_wrap=True)
+            raise ValueError(f"{len(problems)} things have to be decided first; each has a line above") from None
+        raise
+    _show_ingest(report, directory)
     for line in report.missing:
         console.print(f"[yellow]missing:[/] {escape(line)}")
     for line in report.why:
@@ -120,9 +139,37 @@ def init(
     ]
     console.print(f"  {escape(' '.join(chosen))}", highlight=False)
     console.print("  `abnloop init --set SECTION.KEY=VALUE` sets another value, or later params.yaml, committed")
+    if dry_run:
+        console.print("nothing was made (--dry-run)")
+        return
     console.print(f"[green]cost:[/] {time_training((workspace / directory).resolve())}")
     at = escape(str(workspace / directory))
     console.print(f"next: `abnloop up --workspace {at}`, then `abnloop round open --workspace {at}`", soft_wrap=True)
+
+
+def _show_ingest(report: Report, directory: Path) -> None:
+    """What `init` found in the images, masks and tables."""
+    if report.images:
+        labels = sorted({label for counts in report.images.values() for label in counts})
+        table = Table("class", *report.images, title=f"Images in {directory}")
+        for label in labels:
+            table.add_row(escape(label) or "(none)", *(str(counts.get(label, 0)) for counts in report.images.values()))
+        console.print(table)
+    console.print(f"masks: {report.gold_masks} gold (val, test), {report.simulation_masks} for simulated labelers")
+    for what, lines in {
+        "left out, unreadable": [f"{one['image']}: {one['reason']}" for one in report.unreadable],
+        "left out, the same picture": [f"{one['image']} is {one['same_as']}" for one in report.duplicates],
+        "left out, doubtful": report.doubtful,
+        "turned upright, saved as PNG": report.turned,
+        "scaled to 16 bits, saved as PNG": report.rescaled,
+    }.items():
+        if lines:
+            more = f"\n  and {len(lines) - 10} more: see data/ingest.json" if lines[10:] else ""
+            console.print(f"{what}: {len(lines)}\n  " + "\n  ".join(map(escape, lines[:10])) + more)
+    for line in report.read:
+        console.print(f"[green]read:[/] {escape(line)}", soft_wrap=True)
+    for line in report.warnings:
+        console.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
 
 @app.command()

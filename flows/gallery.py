@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from abn.data import as_rgb, resize_mask
+from abn.data import resize_mask
+from abn.images import read_rgb
 from abn.inferred import Inferred
 from abn.manifest import MaskShards, Sample
 from abn.predictions import Predictions
@@ -32,12 +33,6 @@ def shown(root: Path, samples: Sequence[Sample], count: int, seed: int = 0) -> l
     by_id = sorted(samples, key=lambda sample: sample.id)
     drawn = sorted((by_id[i] for i in order), key=lambda sample: shards.gold(sample) is None)
     return sorted(drawn[:count], key=lambda sample: sample.id)
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    with Image.open(path) as image:
-        return as_rgb(image)
 
 
 def map_tile(path: Path, attention_map: np.ndarray) -> np.ndarray:

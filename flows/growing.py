@@ -11,12 +11,12 @@ from PIL import Image
 from prefect import flow, get_run_logger
 from prefect.states import Completed
 
-from abn.data import as_rgb
+from abn.images import decode
 from abn.manifest import MANIFEST_COLUMNS
-from flows.answering import thumbnail
 from flows.inbox import Inbox, Kept, nearest, open_inbox
-from flows.ingest import Source, content_of, copy_picture, read_source
+from flows.pictures import copy_picture, read_source, thumbnail
 from flows.rounds import Idle, held, patience_of, state_of
+from flows.sources import Source
 from flows.versions import Dvc, Git
 from flows.workspace import InUse, Workspace, open_workspace, read_table, write_table
 
@@ -124,4 +124,5 @@ def _take_in(place: Workspace, inbox: Inbox, kept: list[Kept]) -> tuple[int, dic
 def _print(path: Path) -> tuple[str, np.ndarray]:
     """Hash and thumbnail of one of the workspace's own pictures."""
     with Image.open(path) as image:
-        return content_of(image), thumbnail(as_rgb(image))
+        decoded = decode(image)
+    return decoded.content, thumbnail(decoded.rgb)

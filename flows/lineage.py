@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image, ImageOps
+from PIL import Image
 
 from abn.config import read_params
+from abn.images import decode
 from abn.manifest import (
     GOLD_MASKS,
     GOLD_TABLE,
@@ -27,7 +28,6 @@ from abn.manifest import (
     training_samples,
     without_loose_masks,
 )
-from flows.ingest import content_of
 from flows.versions import Git
 from flows.workspace import Round, Workspace, decision_of, read_json, read_table, write_table
 
@@ -297,5 +297,6 @@ def _selections(place: Workspace, asked: set[tuple[str, int]]) -> list[dict[str,
 def _look(path: Path) -> tuple[tuple[int, int], str]:
     """Size (width, height) and content of the upright picture."""
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        return upright.size, content_of(upright)
+        decoded = decode(image)
+    height, width, _ = decoded.rgb.shape
+    return (width, height), decoded.content

@@ -16,8 +16,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from abn.images import read_rgb
 from abn.manifest import MaskShards, Sample, class_names, read_manifest
-from flows.gallery import Seen, map_tile, mask_tile, read_rgb, tile
+from flows.gallery import Seen, map_tile, mask_tile, tile
 from flows.summary import summarise
 from flows.versions import Dvc, Git
 from flows.workspace import Workspace

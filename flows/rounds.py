@@ -26,6 +26,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from abn.config import load_section, read_params
+from abn.images import read_rgb
 from abn.inferred import read_inferred
 from abn.manifest import (
     CORRECTION_COLUMNS,
@@ -43,7 +44,7 @@ from abn.manifest import (
 from abn.predictions import read_predictions
 from abn.selection import SelectionConfig
 from abn.train import TrainConfig
-from flows.gallery import Seen, gallery, gold_rows, inferred_sheet, map_tile, read_rgb, shown
+from flows.gallery import Seen, gallery, gold_rows, inferred_sheet, map_tile, shown
 from flows.gate import COMPARISON_COLUMNS, GateConfig, Judgement, compare, judge
 from flows.gold import (
     BATCH_COLUMNS,

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from abn.images import Decoded, decode
 from abn.manifest import class_names, read_manifest, training_samples
 from flows import growing
 from flows.answering import Answer, Picture, read_picture
 from flows.growing import Ingested, in_words, ingest
 from flows.inbox import Inbox, open_inbox
-from flows.ingest import content_of, init_workspace
+from flows.ingest import init_workspace
 from flows.versions import Dvc, Git
 from flows.workspace import Workspace, open_workspace, read_table
 from tiny import PROJECT, SIZE, picture
@@ -114,11 +115,11 @@ def test_a_picture_that_comes_again_is_not_added_again(place: Workspace, monkeyp
     ingest(place)
     put(inbox, 101)
 
-    def note(image: Image.Image) -> str:
+    def note(image: Image.Image) -> Decoded:
         read.append(image)
-        return content_of(image)
+        return decode(image)
 
-    monkeypatch.setattr(growing, "content_of", note)
+    monkeypatch.setattr(growing, "decode", note)
     done = ingest(place)
     assert (done.added, list(done.left_out)) == (0, [sha256])
     assert len(read) == 1, "of the samples on file only the new one is read"

@@ -16,7 +16,12 @@ from PIL import Image
 from abn.manifest import CORRECTION_COLUMNS
 from flows import defaults, ingest
 from flows.defaults import choose, time_training
-from flows.ingest import Picture, Report, Source, assign_splits, change_settings, init_workspace, read_mask
+from flows.ingest import change_settings, init_workspace
+from flows.ingest_report import Report
+from flows.mask_files import marked_pixels
+from flows.pictures import Picture
+from flows.sources import Source
+from flows.splits import assign_splits
 from flows.versions import Git
 from flows.workspace import Workspace
 
@@ -194,10 +199,11 @@ def test_pictures_of_every_kind_are_copied_byte_for_byte(messy: tuple[Path, Repo
 
 
 def test_the_report_warns_of_what_may_surprise(messy: tuple[Path, Report]) -> None:
-    assert messy[1].warnings == [
-        "the project has uncommitted changes; the workspace holds its last commit",
-        "1 images have a format that browsers do not show, such as data/images/cat_two.tiff",
-    ]
+    twins, full, unseen, uncommitted = messy[1].warnings
+    assert full == "1 of 25 masks mark at least 90% of their image: cat/turned.png"
+    assert "1 pairs of images look the same and stand in two splits: cat/deep.png" in twins
+    assert unseen == "1 images have a format that browsers do not show, such as cat/two.tiff"
+    assert uncommitted == "the project has uncommitted changes; the workspace holds its last commit"
 
 
 @pytest.mark.parametrize(
@@ -214,8 +220,9 @@ def test_the_report_warns_of_what_may_surprise(messy: tuple[Path, Report]) -> No
 )
 def test_masks_of_every_kind_are_read(tmp_path: Path, stored: Image.Image, painted: list[int]) -> None:
     stored.save(tmp_path / "mask.png")
-    source = Source("a", "a.png", tmp_path / "a.png", "cat", "val", "", tmp_path / "mask.png")
-    assert read_mask(Picture(source, "", 2, 1, False)).tolist() == [painted]
+    with Image.open(tmp_path / "mask.png") as image:
+        marked, _ = marked_pixels(image, lossy=False)
+    assert (marked * 255).tolist() == [painted]
 
 
 # --- what is refused
@@ -302,7 +309,7 @@ def test_a_setting_that_does_not_fit_is_refused(
         ({"id": "CAT1"}, "appears twice"),
         ({"id": "../cat"}, "not safe as a file name"),
         ({"id": ""}, "not safe as a file name"),
-        ({"split": "valid"}, "split is valid; choose one of train, val, test, pool"),
+        ({"split": "vald"}, "split is vald; choose one of train, val, test, pool"),
         ({"label": ""}, "without a label"),
         ({"image": ""}, "names no image"),
     ],
@@ -346,9 +353,9 @@ def pictures(labels_and_groups: list[tuple[str, str]]) -> list[Picture]:
 
 def test_splits_are_the_same_for_a_seed_in_any_order() -> None:
     some = pictures([("ab"[index % 2], f"g{index // 3}") for index in range(120)])
-    one = {picture.source.id: picture.source.split for picture in assign_splits(some, 3)}
-    other = {picture.source.id: picture.source.split for picture in assign_splits(some[::-1], 3)}
-    third = {picture.source.id: picture.source.split for picture in assign_splits(some, 4)}
+    one = {picture.source.id: picture.source.split for picture in assign_splits(some, 3, Report())}
+    other = {picture.source.id: picture.source.split for picture in assign_splits(some[::-1], 3, Report())}
+    third = {picture.source.id: picture.source.split for picture in assign_splits(some, 4, Report())}
     assert one == other and one != third
 
 
@@ -357,7 +364,7 @@ def test_splits_never_cut_a_group_and_keep_the_shares() -> None:
     some = pictures([("abc"[int(rng.integers(3))], f"g{int(rng.integers(90))}") for _ in range(600)])
     groups: defaultdict[str, set[str]] = defaultdict(set)
     counts: Counter[str] = Counter()
-    for picture in assign_splits(some, 0):
+    for picture in assign_splits(some, 0, Report()):
         groups[picture.source.group].add(picture.source.split)
         counts[picture.source.split] += 1
     assert all(len(splits) == 1 for splits in groups.values())
@@ -365,8 +372,10 @@ def test_splits_never_cut_a_group_and_keep_the_shares() -> None:
 
 
 def test_too_few_pictures_for_three_splits_are_refused() -> None:
+    report = Report()
+    assign_splits(pictures([("a", ""), ("a", ""), ("b", ""), ("b", "")]), 0, report)
     with pytest.raises(ValueError, match=r"split (val|test) has no images \(4 in all\)"):
-        assign_splits(pictures([("a", ""), ("a", ""), ("b", ""), ("b", "")]), 0)
+        report.decided()
 
 
 def test_settings_keep_the_comments_and_are_read_back_as_numbers(tmp_path: Path) -> None:
@@ -480,7 +489,7 @@ def test_a_small_network_for_small_pictures_unless_the_weights_are_asked_for(rep
 def test_settings_that_cannot_work_are_refused_before_any_picture_is_read(
     repository: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reason: str
 ) -> None:
-    monkeypatch.setattr(ingest, "read_source", lambda source: pytest.fail("a picture is read"))
+    monkeypatch.setattr(ingest, "read_all", lambda *_: pytest.fail("pictures are read"))
     assert reason in refused(repository, folders, settings=settings)
 
 
@@ -506,7 +515,16 @@ def test_a_class_without_validation_pictures_is_warned_about(repository: Path, f
     assert [line for line in report.warnings if line.startswith("class dog has no images in val, so that nothing")]
 
 
-def test_no_validation_pictures_at_all_are_refused(repository: Path, folders: Path) -> None:
-    rows = [row | {"split": "train" if row["split"] == "val" else row["split"]} for row in index_of(folders)]
+def test_val_is_drawn_from_train_where_train_and_test_alone_are_given(repository: Path, folders: Path) -> None:
+    rows = [row | {"split": "test" if row["split"] == "test" else "train"} for row in index_of(folders)]
+    report = init_workspace(repository, folders / "w", folders, index=write_index(folders, rows))
+    made = {row["id"]: row["split"] for row in manifest(folders / "w")}
+    assert all((made[row["id"]] == "test") == (row["split"] == "test") for row in rows)
+    assert Counter(made.values()) == {"train": 16, "val": 4, "test": 4}
+    assert "val is drawn from train, since the given splits are train and test alone" in report.read
+
+
+def test_no_test_pictures_at_all_are_refused(repository: Path, folders: Path) -> None:
+    rows = [row | {"split": "train" if row["split"] == "test" else row["split"]} for row in index_of(folders)]
     reason = refused(repository, folders, images=folders, index=write_index(folders, rows))
-    assert reason == "split val has no images (24 in all); add images, or name splits in the CSV"
+    assert reason == "split test has no images (24 in all); add images, or name splits in the CSV"

@@ -62,6 +62,14 @@ def read_rgb(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
         return decode(image).rgb
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Height and width in pixels of the upright image in a file, of which only the header is read."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    return (width, height) if turned else (height, width)
+
+
 def _full_range(values: UInt16[np.ndarray, "H W"]) -> tuple[UInt16[np.ndarray, "H W"], int]:
     """Values of 8, 12 or 16 used bits as 0..65535, and how many they use. Scaling the result again changes nothing."""
     brightest = int(values.max(initial=0))

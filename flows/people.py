@@ -8,15 +8,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
+from urllib.parse import unquote
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from abn.manifest import mask_sha256
+from abn.images import upright_size
+from abn.manifest import mask_sha256, read_manifest
 from flows.workspace import Round, Workspace, read_json, read_table, write_json
 from labeling.client import LabelStudio
-from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreement
+from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreement, set_aside
 from labeling.studio import access_token
 
 ANNOTATION_COLUMNS = (
@@ -25,7 +27,42 @@ ANNOTATION_COLUMNS = (
 )
 
 
-def annotation_rows(opinions: Sequence[Correction], set_aside: Sequence[SetAside]) -> list[dict[str, str]]:
+def as_asked(
+    place: Workspace, tasks: Iterable[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[SetAside], list[str]]:
+    """Label Studio's `tasks` with the sample and size that were asked about; what cannot be used of them, and a line
+    for each task that says something else.
+
+    Whoever may annotate may also edit what a task says of itself. So its sample is the one in the tasks.json of its
+    round, and its size is the image's. Where another image was shown the answers are set aside. A task that no round
+    asked is left out.
+    """
+    rounds = [read_json(one.tasks)["tasks"] for one in place.rounds() if one.tasks.is_file()]
+    asked = {task: sample for one in rounds for sample, task in one.items()}
+    samples = {sample.id: sample for sample in read_manifest(place.root, corrected=False, gold=False)}
+    usable, aside, changed = list[dict[str, Any]](), list[SetAside](), list[str]()
+    for task in tasks:
+        name, said = asked.get(task["id"]), task.get("data")
+        if name is None:
+            changed.append(f"task {task['id']} was asked by no round and is left out")
+            continue
+        said = said if isinstance(said, dict) else {}
+        known: dict[str, Any] = {"sample": name}
+        if name in samples:
+            known["height"], known["width"] = upright_size(place.root / samples[name].image)
+        if wrong := [f"{key} {str(said.get(key))[:80]!r}" for key, value in known.items() if said.get(key) != value]:
+            changed.append(f"task {task['id']} says {', '.join(wrong)}; it asks about {known}, and is taken so")
+        shown = unquote(str(said.get("image", ""))).rpartition("?d=")[2]
+        if name in samples and not f"/{shown}".endswith(f"/{samples[name].image}"):
+            reason = f"task {task['id']} shows {shown[:80]!r} in place of {samples[name].image}"
+            changed.append(f"{reason}; its answers are set aside")
+            aside += [set_aside({"data": known}, one, reason) for one in task["annotations"]]
+            continue
+        usable.append({**task, "data": {**said, **known}})
+    return usable, aside, changed
+
+
+def annotation_rows(opinions: Sequence[Correction], aside: Sequence[SetAside]) -> list[dict[str, str]]:
     """A row of ANNOTATION_COLUMNS for every annotation, in order of their id.
 
     `agreement`, 0..1, is with the others who answered the sample, empty where nobody else did; `set_aside` says why
@@ -42,7 +79,7 @@ def annotation_rows(opinions: Sequence[Correction], set_aside: Sequence[SetAside
             "agreement": f"{fmean(others):.3f}" if others else "",
             "set_aside": "",
         }
-    for left in set_aside:
+    for left in aside:
         row = rows.setdefault(left.annotation, dict.fromkeys(ANNOTATION_COLUMNS, ""))
         row |= {"sample": left.sample, "annotation": str(left.annotation), "labeler": left.labeler}
         row |= {"minutes": f"{left.minutes:.2f}", "set_aside": left.reason}

@@ -63,6 +63,7 @@ from flows.lineage_report import as_json, describe, describe_history, draw
 from flows.people import (
     ANNOTATION_COLUMNS,
     annotation_rows,
+    as_asked,
     correction_row,
     latest_annotations,
     simulated_labelers,
@@ -230,6 +231,8 @@ def _collect(place: Workspace) -> Collected | Idle:
         keep(place)  # unless opening was interrupted before that, there is nothing to do
         pull(place, round_, list(read_json(round_.tasks)["tasks"].values()))
         answers = read_answers(place, round_)
+        for line in answers.changed:
+            get_run_logger().warning(line)
         if not answers.complete and not answers.overdue:
             ask_again(place, answers)
             return _collected(round_, answers, closed=False, commit="")
@@ -728,6 +731,7 @@ class Answers:
     answered: int
     tasks: int
     overdue: bool
+    changed: list[str]  # a line for each task that says something else than what was asked
 
     @property
     def complete(self) -> bool:
@@ -773,10 +777,12 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     """
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
     asked, known = set(read_json(round_.tasks)["tasks"].values()), _known(place)
-    latest = {task["id"]: task for task in read_json_lines(round_.annotations)}  # later lines replace earlier ones
-    latest = _without_replaced(place, latest, asked)
+    received = {task["id"]: task for task in read_json_lines(round_.annotations)}  # later lines replace earlier ones
+    usable, aside, changed = as_asked(place, received.values())
+    latest = _without_replaced(place, {task["id"]: task for task in usable}, asked)
     latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
-    opinions, aside = read_annotations(latest.values(), class_names(read_manifest(place.root)))
+    opinions, unusable = read_annotations(latest.values(), class_names(read_manifest(place.root)))
+    aside += unusable
     panel = max(2, config.labelers_per_task)
     agreed, disputes = settle(opinions, panel)
     evaluation = {one.id for one in read_manifest(place.root, corrected=False, gold=False) if one.split in EVALUATION}
@@ -788,17 +794,18 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
         for dispute in disputes
         for one in dispute.opinions
     ]
-    said = {task: {one["labeler"] for one in latest[task]["annotations"]} for task in asked & latest.keys()}
+    said = {task: {one["labeler"] for one in received[task]["annotations"]} for task in asked & received.keys()}
     overdue = datetime.now(UTC) > datetime.fromisoformat(state["opened"]) + timedelta(hours=config.deadline_hours)
     return Answers(
         corrections,
         gold,
         opinions,
         aside,
-        {number: latest[number]["total_annotations"] + 1 for number in [*again, *doubted]},
+        {number: received[number]["total_annotations"] + 1 for number in [*again, *doubted]},
         sum(len(labelers) >= config.labelers_per_task for number, labelers in said.items() if number not in again),
         len(asked),
         overdue and len(corrections) + len(gold) >= config.minimum,
+        changed,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_a_class_that_is_missing_or_unknown_is_set_aside() -> None:
 
 @pytest.mark.parametrize(
     ("lead_time", "minutes"),
-    [(60, 1.0), (0.0, 0.0), (-5, 0.0), (None, 0.0), ("3", 0.0), (1e9, 30.0), (float("nan"), 0.0)],
+    [(60, 1.0), (0.0, 0.0), (-5, 0.0), (None, 0.0), ("3", 0.0), (1e9, 30.0), (float("nan"), 0.0), (10**400, 30.0)],
 )
 def test_minutes_are_capped_and_never_fatal(lead_time: object, minutes: float) -> None:
     (correction,), _ = read_corrections([a_task(an_annotation(fixed(), lead_time=lead_time))], CLASSES)
@@ -356,6 +357,25 @@ def test_after_another_look_masks_are_merged_however_little_they_agree_unless_no
     apart = opinions(*(says(str(n), fixed(block(6 * n, 6 * n + 6)), n) for n in range(3)))
     agreed, (dispute,) = settle(apart, panel=2)
     assert agreed == [] and dispute.reason.endswith("only 0.00")
+
+
+def test_the_agreement_of_many_is_the_mean_of_all_pairs() -> None:
+    masks = [block(0, 8), block(2, 10), block(6, 14), block(0, 8)]
+    said = [says(str(n), fixed(mask), n) for n, mask in enumerate(masks)]
+    corrections = opinions(*said)
+    (consensus,), _ = settle(corrections, panel=2)
+    pairs = [agreement(one, other) for one, other in itertools.combinations(corrections, 2)]
+    assert consensus.weight == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_hundreds_of_labelers_of_one_task_take_seconds() -> None:
+    """Each with each would be 45,000 comparisons of whole masks; told by what is counted, not by a clock."""
+    said = [says(str(n), fixed(block(0, 8 + n % 3)), n % 60) for n in range(300)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("labeling.corrections._iou", lambda *masks: pytest.fail("compared one by one"))
+        patch.setattr("labeling.corrections._moved", lambda *masks: 0.0)
+        agreed, disputes = settle(opinions(*said), panel=2)
+    assert len(agreed) == 1 and not disputes and agreed[0].votes == 300
 
 
 def test_nothing_that_an_annotation_may_hold_is_fatal() -> None:

@@ -279,6 +279,7 @@ def test_a_doubted_class_is_asked_again_and_holds_no_round_open(place: Workspace
     assert read_gold(place.root)["val0"]["verdict"] == DISPUTED
     assert "val0" not in {one.id for one in read_manifest(place.root)}
     write_json(round_.tasks, {"project": 1, "tasks": {}})  # the second answer comes in a later round
+    write_json(place.round(3).tasks, {"project": 1, "tasks": {"val0": 41}})
     later = {**answer(70, BEN, "label_wrong", "light"), "updated_at": "2026-03-05T10:00:00Z"}
     second = {**first, "annotations": [*first["annotations"], later], "updated_at": later["updated_at"]}
     write_atomically(round_.annotations, json.dumps({**second, "total_annotations": 2}) + "\n")

@@ -194,6 +194,28 @@ def test_a_damaged_png_is_a_value_error() -> None:
             pass
 
 
+def test_a_png_whose_chunks_do_not_fit_each_other_is_a_value_error() -> None:
+    """With a right checksum each: Pillow then fails wherever it happens to, with an AssertionError too."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rng = np.random.default_rng(4)
+    pixels = zlib.compress(bytes(20 * 21 * 4))
+    refused = 0
+    for _ in range(2000):
+        depth, colour = rng.choice([1, 2, 4, 8, 16]), rng.choice([0, 2, 3, 4, 6])
+        header = struct.pack(">IIBBBBB", 20, 20, depth, colour, 0, 0, int(rng.integers(0, 2)))
+        extra = [(kind, rng.bytes(int(rng.integers(0, 12)))) for kind in (b"PLTE", b"tRNS", b"acTL", b"fcTL", b"iCCP")]
+        chosen = [chunk(*one) for one in extra if rng.random() < 0.4]
+        data = PNG_SIGNATURE + chunk(b"IHDR", header) + b"".join(chosen) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+        try:
+            assert decode_png(as_url(data), 20, 20).shape == (20, 20)
+        except ValueError:
+            refused += 1
+    assert 500 < refused < 2000
+
+
 def test_what_is_no_png_is_refused() -> None:
     jpeg = io.BytesIO()
     Image.new("RGB", (20, 20)).save(jpeg, "JPEG")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from abn.manifest import CORRECTION_COLUMNS, WITHDRAWAL_COLUMNS, read_corrections
+from abn.manifest import CORRECTION_COLUMNS, WITHDRAWAL_COLUMNS, read_corrections, read_manifest
 from flows import rounds
 from flows.growing import ingest
 from flows.ingest import change_settings
@@ -51,7 +51,8 @@ def test_while_an_old_round_is_checked_out_nothing_is_written(place: Workspace, 
 
 def a_task(number: int, sample: str, *annotations: dict[str, Any]) -> dict[str, Any]:
     """A task as Label Studio gives it."""
-    data = {"sample": sample, "height": SIZE, "width": SIZE, "model_version": "v4"}
+    image = f"/data/local-files/?d=data/images/{sample}.png"
+    data = {"sample": sample, "image": image, "height": SIZE, "width": SIZE, "model_version": "v4"}
     updated = max((one["updated_at"] for one in annotations), default="2026-03-04T00:00:00Z")
     told = {"id": number, "updated_at": updated, "data": data, "annotations": list(annotations)}
     return {**told, "total_annotations": len(annotations), "cancelled_annotations": 0}
@@ -71,6 +72,7 @@ def an_annotation(number: int, labeler: str, hour: int = 10, verdict: str = "unu
 def ask(place: Workspace, asked: dict[str, int], *received: dict[str, Any]) -> Round:  # noqa: F811
     """Round 4 asks about samples, each its task, and has pulled some of the tasks, later ones as they changed."""
     round_ = place.round(4)
+    write_json(place.round(1).tasks, {"project": 1, "tasks": {"train00": 1}})
     write_json(round_.tasks, {"project": 1, "tasks": asked})
     round_.write({"round": 4, "state": "open", "opened": "2026-03-04T02:00:00+00:00"})
     write_atomically(round_.annotations, "".join(json.dumps(one) + "\n" for one in received))
@@ -81,6 +83,28 @@ def learn(place: Workspace, round_: Round) -> dict[str, str]:  # noqa: F811
     """Take in what was received; the annotations that count by sample."""
     rounds.learn_from.fn(place, round_, rounds.read_answers(place, round_))
     return {sample: row["annotation"] for sample, row in read_corrections(place.root).items()}
+
+
+def test_an_answer_is_of_the_sample_that_was_asked_whatever_its_task_says(place: Workspace) -> None:  # noqa: F811
+    """Whoever labels may edit a task: its sample to one of the test set, its size to one that no memory holds."""
+    before = {one.id: one.label for one in read_manifest(place.root)}
+    answer = {**an_annotation(60, BEN), "result": verdict_results("label_wrong", "dark")}
+    edited = a_task(41, "train05", answer)
+    edited["data"] |= {"sample": "test1", "height": 10**6, "width": 10**6}
+    elsewhere = a_task(42, "train07", {**answer, "id": 61})
+    elsewhere["data"]["image"] = "/data/local-files/?d=data/images/test1.png"
+    unasked = a_task(99, "test3", {**answer, "id": 62})
+    round_ = ask(place, {"train05": 41, "train07": 42}, edited, elsewhere, unasked)
+    answers = rounds.read_answers(place, round_)
+    assert [(one.sample, one.label) for one in answers.corrections] == [("train05", "dark")]
+    assert answers.gold == [] and answers.complete
+    (left,) = answers.set_aside
+    assert (left.annotation, left.sample) == (61, "train07") and "in place of data/images/train07.png" in left.reason
+    told = "\n".join(answers.changed)
+    assert "task 41 says sample 'test1', height '1000000'" in told and "task 99 was asked by no round" in told
+    rounds.learn_from.fn(place, round_, answers)
+    after = {one.id: one.label for one in read_manifest(place.root)}
+    assert {name for name in after if after[name] != before[name]} == {"train05"}
 
 
 CHANGED = a_task(1, "train00", an_annotation(11, ANNA, hour=12))  # what she had said in round 1

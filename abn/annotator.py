@@ -56,15 +56,25 @@ class Annotator(nn.Module):
         self.head = nn.Conv2d(WIDTH, 1, 1)
         self.usual = nn.Embedding(classes, 1)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, "b"]) -> Float[Tensor, "b 1 h w"]:
-        seen = self.pyramid(images) if self.pyramid else []
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """What the pyramid sees of images, which no training changes: the same for all annotators that have it."""
+        return self.pyramid(images) if self.pyramid else []
+
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        labels: Int[Tensor, "b"],
+        features: Sequence[Float[Tensor, "b _ _ _"]] | None = None,
+    ) -> Float[Tensor, "b 1 h w"]:
+        """`features` are those of the images, where they are known already."""
+        seen = self.features(images) if features is None else features
         x = 4 * (images - 0.5)
         skipped: list[Tensor] = []
         for down in self.down:
             x = down(F.max_pool2d(x, 2, ceil_mode=True) if skipped else x)
-            for level, join, features in zip(self.levels, self.join, seen, strict=True):
+            for level, join, found in zip(self.levels, self.join, seen, strict=True):
                 if level == len(skipped):
-                    x = x + F.interpolate(join(features), size=x.shape[-2:], mode="bilinear", align_corners=False)
+                    x = x + F.interpolate(join(found), size=x.shape[-2:], mode="bilinear", align_corners=False)
             skipped.append(x)
         x = x + self.told(labels)[:, :, None, None]
         for up, skip in zip(self.up, reversed(skipped[:-1]), strict=True):
@@ -247,7 +257,8 @@ def _masks(
         part = [rows[i] for i in batch]
         images, labels, _ = examples(pictures, part, device)
         seen = images.flip(-1) if mirrored else images
-        drawn = torch.stack([annotator(seen, labels).sigmoid() for annotator in annotators]).mean(dim=0)
+        features = annotators[0].features(seen)
+        drawn = torch.stack([annotator(seen, labels, features).sigmoid() for annotator in annotators]).mean(dim=0)
         drawn = drawn.flip(-1) if mirrored else drawn
         found |= dict(zip(part, (255 * drawn).round().to(torch.uint8).cpu(), strict=True))
     return found

@@ -155,6 +155,7 @@ def test_what_pretrained_weights_see_is_used_and_stays_as_it_is(root: Path, pyra
     assert set(trust.values()) == {1.0} and set(drawn) == set(range(12, 20))
     assert all(torch.equal(value, before[name]) for name, value in pyramid.state_dict().items())
     learner, images, labels = Annotator(2, pyramid), torch.rand(1, 3, 32, 32), torch.tensor([1])
+    assert torch.equal(learner(images, labels, learner.features(images)), learner(images, labels))
     learner(images, labels).sum().backward()
     weights = [weight for join in learner.join for weight in join.parameters()]
     assert len(weights) == 3 * len(pyramid.steps) and all(weight.grad is not None for weight in weights)
@@ -184,7 +185,7 @@ def test_pictures_are_drawn_in_the_mirror_where_they_may_be_mirrored(
     left = torch.full((1, SIZE, SIZE), -9.0)
     left[..., [0, 1, 2, 3, 7, 8]] = 9
 
-    def forward(self: Annotator, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self: Annotator, images: torch.Tensor, labels: torch.Tensor, *features: object) -> torch.Tensor:
         return left.expand(len(images), -1, -1, -1) + 0 * self.usual(labels)[:, :, None, None]
 
     monkeypatch.setattr(Annotator, "forward", forward)

@@ -18,9 +18,10 @@ from abn.images import upright_size
 from abn.manifest import mask_sha256, read_manifest
 from flows.workspace import Round, Workspace, read_json, read_table, write_json
 from labeling.client import LabelStudio
-from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreement, set_aside
+from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreements, set_aside
 from labeling.studio import access_token
 
+LOCAL_FILES = "/data/local-files/?d="  # before the path of an image that Label Studio serves
 ANNOTATION_COLUMNS = (
     *("sample", "task", "annotation", "revision", "labeler", "verdict", "model_version"),
     *("label", "minutes", "moved", "agreement", "set_aside"),
@@ -42,23 +43,29 @@ def as_asked(
     samples = {sample.id: sample for sample in read_manifest(place.root, corrected=False, gold=False)}
     usable, aside, changed = list[dict[str, Any]](), list[SetAside](), list[str]()
     for task in tasks:
-        name, said = asked.get(task["id"]), task.get("data")
+        name, said, told = asked.get(task["id"]), task.get("data"), task.get("meta")
+        said, told = (one if isinstance(one, dict) else {} for one in (said, told))
         if name is None:
             changed.append(f"task {task['id']} was asked by no round and is left out")
             continue
-        said = said if isinstance(said, dict) else {}
         known: dict[str, Any] = {"sample": name}
-        if name in samples:
-            known["height"], known["width"] = upright_size(place.root / samples[name].image)
-        if wrong := [f"{key} {str(said.get(key))[:80]!r}" for key, value in known.items() if said.get(key) != value]:
-            changed.append(f"task {task['id']} says {', '.join(wrong)}; it asks about {known}, and is taken so")
-        shown = unquote(str(said.get("image", ""))).rpartition("?d=")[2]
-        if name in samples and not f"/{shown}".endswith(f"/{samples[name].image}"):
-            reason = f"task {task['id']} shows {shown[:80]!r} in place of {samples[name].image}"
+        try:
+            image, label = samples[name].image, samples[name].label
+            known["height"], known["width"] = upright_size(place.root / image)
+            shown = unquote(str(said.get("image", ""))).removeprefix(LOCAL_FILES)
+            reason = "" if f"/{shown}".endswith(f"/{image}") and "://" not in shown else f"it shows {shown[:80]!r}"
+        except (KeyError, OSError) as error:  # the image is gone, or no longer one
+            reason = f"nothing is known of its sample any more: {error}"
+        if reason:
+            reason = f"task {task['id']} asks about {name}, but {reason}"
             changed.append(f"{reason}; its answers are set aside")
             aside += [set_aside({"data": known}, one, reason) for one in task["annotations"]]
             continue
-        usable.append({**task, "data": {**said, **known}})
+        if wrong := [f"{key} {str(said.get(key))[:80]!r}" for key, value in known.items() if said.get(key) != value]:
+            changed.append(f"task {task['id']} says {', '.join(wrong)}; it asks about {known}, and is taken so")
+        if label:  # without a label on file, an answer gives it the class that the network said
+            told = {**told, "label": label}
+        usable.append({**task, "data": {**said, **known}, "meta": told})
     return usable, aside, changed
 
 
@@ -69,14 +76,22 @@ def annotation_rows(opinions: Sequence[Correction], aside: Sequence[SetAside]) -
     an annotation teaches nothing, empty where it does.
     """
     rows: dict[int, dict[str, str]] = {}
+    by_sample: dict[str, list[Correction]] = defaultdict(list)
     for one in opinions:
-        others = [agreement(one, other) for other in opinions if other.sample == one.sample and other is not one]
+        by_sample[one.sample].append(one)
+    agreement = {
+        one.annotation: (row.sum() - 1) / (len(row) - 1)  # with itself it is 1
+        for several in by_sample.values()
+        if len(several) > 1
+        for one, row in zip(several, agreements(several), strict=True)
+    }
+    for one in opinions:
         rows[one.annotation] = {
             **{name: str(getattr(one, name)) for name in ANNOTATION_COLUMNS[:7]},
             "label": one.label or "",
             "minutes": f"{one.minutes:.2f}",
             "moved": "" if one.moved is None else f"{one.moved:.3f}",
-            "agreement": f"{fmean(others):.3f}" if others else "",
+            "agreement": f"{agreement[one.annotation]:.3f}" if one.annotation in agreement else "",
             "set_aside": "",
         }
     for left in aside:

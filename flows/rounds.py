@@ -837,8 +837,11 @@ def _is_news(round_: Round, task: Mapping[str, Any], known: Mapping[str, Mapping
     row = known.get(task["data"]["sample"])
     if row is None or int(row["round"]) >= round_.number:
         return True
-    learned = datetime.fromisoformat(row["revision"])
-    return any(datetime.fromisoformat(one["updated_at"]) > learned for one in task["annotations"])
+    try:
+        learned = datetime.fromisoformat(row["revision"])
+        return any(datetime.fromisoformat(one["updated_at"]) > learned for one in task["annotations"])
+    except (KeyError, TypeError, ValueError):  # what cannot be read is told when it is read
+        return True
 
 
 @network_step

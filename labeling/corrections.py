@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from labeling.screen import VERDICTS, class_name
 from labeling.tasks import read_mask
@@ -132,7 +133,7 @@ def settle(corrections: Iterable[Correction], panel: int) -> tuple[list[Consensu
         opinions = tuple(by_sample[sample])
         (side, votes), *others = Counter(map(_side, opinions)).most_common()
         winners = [one for one in opinions if _side(one) == side]
-        alike = _mean_agreement(winners)
+        alike = _mean_of_pairs(agreements(winners))
         mask = _mean([one.mask for one in winners if one.mask is not None])
         if others and others[0][1] == votes:
             said = ", ".join(f"{one.labeler} {one.label or one.verdict}" for one in opinions)
@@ -147,30 +148,30 @@ def settle(corrections: Iterable[Correction], panel: int) -> tuple[list[Consensu
     return agreed, disputes
 
 
-def agreement(one: Correction, other: Correction) -> float:
-    """How far two labelers say the same of a sample, 0..1: the IoU of their masks where both gave one."""
-    if _side(one) != _side(other):
-        return 0.0
-    if one.mask is None or other.mask is None:
-        return 1.0
-    return _iou(one.mask >= INSIDE, other.mask >= INSIDE)
+def agreements(corrections: Sequence[Correction]) -> Float[np.ndarray, "n n"]:
+    """How far each two labelers say the same of one sample, 0..1: the IoU of their masks where both gave one, 0 where
+    they take different sides (see `settle`).
 
-
-def _mean_agreement(corrections: Sequence[Correction]) -> float:
-    """The mean `agreement` of all pairs on one side, 1 where there is none. Pixels in both masks are counted for all
-    pairs at once, in bands, so that hundreds of labelers take no longer than reading their masks."""
-    count = len(corrections)
-    if count < 2:
-        return 1.0
+    Pixels in both masks are counted for all pairs at once, in bands, so that hundreds of labelers take no longer than
+    reading their masks.
+    """
+    sides = [_side(one) for one in corrections]
+    found = np.array([[float(one == other) for other in sides] for one in sides]).reshape(len(sides), len(sides))
+    rows = [row for row, one in enumerate(corrections) if one.mask is not None]
     marked = [one.mask for one in corrections if one.mask is not None]
-    both = np.zeros((len(marked), len(marked)))
+    both = np.zeros((len(rows), len(rows)))
     for start in range(0, marked[0].size if marked else 0, BAND):
         band = np.stack([mask.reshape(-1)[start : start + BAND] >= INSIDE for mask in marked]).astype(np.float32)
-        both += band @ band.T  # whole numbers under 2^24 are exact
+        both += band @ band.T  # whole numbers below 2^24 are exact
     either = both.diagonal()[:, None] + both.diagonal()[None] - both
-    overlaps = np.divide(both, either, out=np.ones_like(both), where=either > 0)
-    pairs = count * (count - 1) // 2
-    return float((np.triu(overlaps, 1).sum() + pairs - len(marked) * (len(marked) - 1) // 2) / pairs)
+    found[np.ix_(rows, rows)] *= np.divide(both, either, out=np.ones_like(both), where=either > 0)
+    return found
+
+
+def _mean_of_pairs(values: Float[np.ndarray, "n n"]) -> float:
+    """Of each two different ones; 1 where there is one alone."""
+    pairs = values[np.triu_indices(len(values), 1)]
+    return float(pairs.mean()) if pairs.size else 1.0
 
 
 def _mean(masks: Sequence[np.ndarray]) -> np.ndarray | None:

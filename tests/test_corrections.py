@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labeling.corrections import Correction, Dispute, agreement, read_corrections, settle
+from labeling.corrections import Correction, Dispute, agreements, read_corrections, settle
 from labeling.screen import class_key
 from labeling.simulator import FAULTS, Faults, human_mask
 from labeling.tasks import Question, as_mask, heatmap, make_task, mask_result, verdict_results
@@ -345,7 +345,7 @@ def test_a_class_with_the_name_of_a_verdict_is_another_side(name: str, other: An
     task = a_task(says("ann", verdict_results("label_wrong", name)), says("bob", other, 2))
     corrections, _ = read_corrections([task], [*CLASSES, name])
     agreed, disputes = settle(corrections, panel=2)
-    assert agreed == [] and len(disputes) == 1 and agreement(*corrections) == 0
+    assert agreed == [] and len(disputes) == 1 and agreements(corrections)[0, 1] == 0
 
 
 def test_after_another_look_masks_are_merged_however_little_they_agree_unless_nothing_is_left() -> None:
@@ -364,7 +364,7 @@ def test_the_agreement_of_many_is_the_mean_of_all_pairs() -> None:
     said = [says(str(n), fixed(mask), n) for n, mask in enumerate(masks)]
     corrections = opinions(*said)
     (consensus,), _ = settle(corrections, panel=2)
-    pairs = [agreement(one, other) for one, other in itertools.combinations(corrections, 2)]
+    pairs = [agreements([one, other])[0, 1] for one, other in itertools.combinations(corrections, 2)]
     assert consensus.weight == pytest.approx(sum(pairs) / len(pairs))
 
 

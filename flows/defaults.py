@@ -119,7 +119,7 @@ class Cost:
         return (
             f"{about} a training ({self.epochs} epochs of {self.images} images, by {self.steps} "
             f"{'step' if self.steps == 1 else 'steps'} timed on this machine's {self.device}). Round 1 trains the "
-            "baseline; each later round trains from the corrections, up to twice as long"
+            "baseline; each later round trains from the corrections, 1.7 to 2.5 times as long"
         )
 
 

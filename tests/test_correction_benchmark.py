@@ -301,7 +301,7 @@ def test_a_figure_that_was_not_kept_is_none_and_the_others_stay(
     arguments += ["--arms", "control", "--keep", str(tmp_path / "keep")]
     before = run(parse(arguments))["arms"]
     assert all(0 <= figures["worst_group"] <= 1 for figures in before.values())
-    for kept in (tmp_path / "keep").iterdir():
+    for kept in (tmp_path / "keep").glob("*.json"):
         figures = json.loads(kept.read_text())
         del figures["worst_group"]
         kept.write_text(json.dumps(figures))

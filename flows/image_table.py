@@ -99,7 +99,7 @@ def _rows(index: Path, report: Report) -> tuple[list[tuple[int, dict[str, str]]]
     delimiter = _delimiter(text)
     if delimiter != ",":
         report.read.append(f"{index.name} separates cells by {'a tab' if delimiter == chr(9) else delimiter}")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
     odd: list[tuple[int, int]] = []
     try:
@@ -158,7 +158,7 @@ def _columns(index: Path, header: Sequence[str], report: Report) -> list[str]:
 def _check_unused(index: Path, columns: Sequence[str], text: str, delimiter: str, report: Report) -> None:
     """Tells the columns that are not used; one that is nearly a known one, or holds splits, is a problem."""
     unused = [name for name in columns if name not in COLUMNS]
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True))[1:]
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True))[1:]
     for name in unused:
         number = columns.index(name)
         values = {row[number].strip().casefold() for row in rows if len(row) > number} - {""}

@@ -349,16 +349,11 @@ def copy_picture(picture: Picture, folder: Path) -> Path:
     """The picture in `folder` under its id: byte for byte, or as PNG where its EXIF orientation has to be applied or
     its 16 bits are scaled."""
     path, name = picture.source.path, picture.source.id
-    if picture.rescaled:
-        with Image.open(path) as image:
-            deep = decode(image).deep
-        assert deep is not None, "it is rescaled"
-        Image.fromarray(deep).save(folder / f"{name}.png")
-        return folder / f"{name}.png"
-    if not picture.turned:
+    if not (picture.rescaled or picture.turned):
         return Path(shutil.copyfile(path, folder / f"{name}{path.suffix.lower()}"))
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
+        deep = decode(image).deep
+        upright = ImageOps.exif_transpose(image) if deep is None else Image.fromarray(deep)
         in_png = upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         (upright if in_png else upright.convert("RGB")).save(folder / f"{name}.png")
     return folder / f"{name}.png"

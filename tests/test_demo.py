@@ -79,8 +79,8 @@ def test_an_interrupted_demo_leaves_no_process_behind(directory: Path) -> None:
             break
     assert len(processes_of(directory)) > 4, "the services and a training"
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
     deadline = time.monotonic() + 5
     while processes_of(directory) and time.monotonic() < deadline:
         time.sleep(0.1)

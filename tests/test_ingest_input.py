@@ -90,6 +90,17 @@ def test_semicolons_and_tabs_separate_cells_where_the_header_has_no_comma(tmp_pa
     assert report.read[0].startswith("index.csv separates cells by")
 
 
+@pytest.mark.parametrize("quoted", [(20,), (5, 9)])
+def test_a_stray_quote_swallows_no_rows(tmp_path: Path, quoted: tuple[int, ...]) -> None:
+    """Read leniently, a cell that begins with a quote goes on to the next quote, and the rows between are gone."""
+    classes(tmp_path, 30)
+    paths = [f"{label}/{label}{index}.png" for label in ("cat", "dog") for index in range(30)]
+    notes = ['"macro' if number in quoted else "" for number in range(60)]
+    rows = [f"{path},{path[:3]},train,{note}" for path, note in zip(paths, notes, strict=True)]
+    with pytest.raises(ValueError, match=r"index.csv line \d+ is not CSV"):
+        table(tmp_path, "\n".join(["image,label,split,notes", *rows]))
+
+
 @pytest.mark.parametrize("value", ["nan", "NaN", "None", "NA", "<NA>"])
 @pytest.mark.parametrize("column", ["label", "group", "split"])
 def test_what_programs_write_for_an_empty_cell_is_refused(tmp_path: Path, column: str, value: str) -> None:

@@ -46,7 +46,7 @@ def decode(image: Image.Image) -> Decoded:
         raise ValueError(f"32 bits a channel (mode {image.mode}); save it with 8 or 16")
     pages = int(getattr(image, "n_frames", 1)) if image.format in PAGED else 1
     image.seek(0)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    turned = is_turned(image)
     upright = ImageOps.exif_transpose(image) if turned else image
     if upright.mode.startswith("I;16"):
         deep, bits = _full_range(np.array(upright).astype(np.uint16))
@@ -54,6 +54,17 @@ def decode(image: Image.Image) -> Decoded:
         return Decoded(np.repeat(grey[..., None], 3, axis=2), deep, bits, False, turned, pages)
     rgb, transparent = _over_background(upright)
     return Decoded(rgb, None, 8, transparent, turned, pages)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1..8: 1 is upright, from 5 on width and height change places. What is none counts as 1."""
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return int(found) if found in range(1, 9) else 1
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an EXIF orientation has to be applied."""
+    return orientation(image) > 1
 
 
 def read_rgb(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -66,8 +77,8 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     """Height and width in pixels of the upright image in a file, of which only the header is read."""
     with Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-    return (width, height) if turned else (height, width)
+        lying = orientation(image) >= 5
+    return (width, height) if lying else (height, width)
 
 
 def _full_range(values: UInt16[np.ndarray, "H W"]) -> tuple[UInt16[np.ndarray, "H W"], int]:

@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from flows.file_names import shown, text_of
 from flows.ingest_report import Report, some
 from flows.mask_files import MaskFolder
-from flows.sources import SPLIT_NAMES, Source, check_masks, check_sources, shown, text_of, unique_ids
+from flows.sources import SPLIT_NAMES, Source, check_masks, check_sources, unique_ids
 
 COLUMNS = ("id", "image", "label", "split", "group", "mask")
 LABEL = ("cls", "class")  # other names of the column label
@@ -101,15 +102,17 @@ def _rows(index: Path, report: Report) -> tuple[list[tuple[int, dict[str, str]]]
         report.read.append(f"{index.name} separates cells by {'a tab' if delimiter == chr(9) else delimiter}")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
-    odd: list[tuple[int, int]] = []
+    body: list[list[str]] = []
+    odd: dict[int, int] = {}  # line -> its cells, where they are not as many as the header's
     try:
         header = next(reader, [])
         columns = _columns(index, header, report)
         line = reader.line_num + 1
         for cells in reader:
+            body.append(cells)
             if any(cell.strip() for cell in cells):
                 if len(cells) != len(header):
-                    odd.append((line, len(cells)))
+                    odd[line] = len(cells)
                 row = dict.fromkeys(COLUMNS, "")
                 row |= {name: cell.strip() for name, cell in zip(columns, cells, strict=False) if name in row}
                 for name in ("id", "label", "split", "group"):
@@ -121,13 +124,13 @@ def _rows(index: Path, report: Report) -> tuple[list[tuple[int, dict[str, str]]]
     if not rows:
         raise ValueError(f"{index} needs a column image and a row for each picture")
     if odd:
-        line, count = odd[0]
+        line, count = next(iter(odd.items()))
         report.problems.append(
             f"{index} line {line} has {count} cells and the header {len(header)} ({len(odd)} such rows); put a cell "
             f'that holds {delimiter!r} into "double quotes", and give every row all cells'
         )
-        rows = [(line, row) for line, row in rows if line not in dict(odd)]
-    _check_unused(index, columns, text, delimiter, report)
+        rows = [(line, row) for line, row in rows if line not in odd]
+    _check_unused(index, columns, body, report)
     return rows, set(columns)
 
 
@@ -155,10 +158,9 @@ def _columns(index: Path, header: Sequence[str], report: Report) -> list[str]:
     return columns
 
 
-def _check_unused(index: Path, columns: Sequence[str], text: str, delimiter: str, report: Report) -> None:
+def _check_unused(index: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], report: Report) -> None:
     """Tells the columns that are not used; one that is nearly a known one, or holds splits, is a problem."""
     unused = [name for name in columns if name not in COLUMNS]
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True))[1:]
     for name in unused:
         number = columns.index(name)
         values = {row[number].strip().casefold() for row in rows if len(row) > number} - {""}

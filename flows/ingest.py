@@ -22,6 +22,7 @@ import ruamel.yaml
 from abn.config import suggest
 from abn.manifest import CORRECTION_COLUMNS, EVALUATION, MANIFEST_COLUMNS, WITHDRAWAL_COLUMNS
 from flows.defaults import PRETRAINED, Choice, choose
+from flows.file_names import text_of
 from flows.image_table import SPLITS, read_table
 from flows.ingest_report import Report
 from flows.mask_files import Mask, MaskFolder
@@ -36,7 +37,7 @@ from flows.pictures import (
     without_near_duplicates,
 )
 from flows.preflight import PREFECT_SECTIONS, SECTIONS, check_settings
-from flows.sources import Source, check_masks, check_sources, read_folders, safe_name, text_of
+from flows.sources import Source, check_masks, check_sources, read_folders, safe_name
 from flows.splits import assign_splits, check_splits
 from flows.versions import Dvc, Git, is_repository
 from flows.workspace import Workspace, write_arrays, write_atomically, write_json, write_table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Container, Iterator
@@ -12,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
+
+from abn.images import is_turned
+from flows.file_names import is_passed_over, shown, text_of
 
 LOSSY = ("JPEG", "MPO", "WEBP")  # formats in which flat colours are noisy
 FEW, MANY = 32, 1024  # colours, and values of 16 bits, up to which a mask is one of classes or instances
 DARK = 16  # a brightest value below which nothing can be told in a lossy format
 VOID, VOID_COLOUR = 255, (224, 224, 192)  # PASCAL VOC's index and RGB of a rim that is neither object nor ground
-SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
 class MaskFolder:
@@ -28,10 +29,10 @@ class MaskFolder:
         self.folder = folder
         self.files: defaultdict[tuple[str, ...], list[Path]] = defaultdict(list)
         for parent, folders, names in os.walk(folder):
-            folders[:] = sorted(name for name in folders if name.casefold() not in SYSTEM and name[0] != ".")
+            folders[:] = sorted(name for name in folders if not is_passed_over(name))
             for name in sorted(names):
                 path = Path(parent, name)
-                if name.casefold() not in SYSTEM and name[0] != "." and path.is_file():
+                if not is_passed_over(name) and path.is_file():
                     self.files[_key(path.relative_to(folder))].append(path)
         self.asked: dict[tuple[str, ...], str] = {}
         self.marked = {stem_key: key for key in self.files if (stem_key := (*key[:-1], without_ending(key[-1]))) != key}
@@ -43,12 +44,12 @@ class MaskFolder:
         key = _key(image)
         for one in (key, (_fold(label), key[-1]), (key[-1],)):
             if one in self.files:
-                self.asked[one] = os.fsencode(str(image)).decode("utf-8", "replace")
+                self.asked[one] = shown(str(image))
                 return self.files[one][0]
         for one in (key, (_fold(label), key[-1]), (key[-1],)):
             if one in self.marked:
                 found = self.files[self.marked[one]][0]
-                self.asked[self.marked[one]] = os.fsencode(str(image)).decode("utf-8", "replace")
+                self.asked[self.marked[one]] = shown(str(image))
                 self.by_ending.append(str(found.relative_to(self.folder)))
                 return found
         return None
@@ -76,7 +77,7 @@ def _key(path: PurePath) -> tuple[str, ...]:
 
 
 def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name.strip()).casefold()
+    return text_of(name).casefold()
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ def read_mask_file(path: Path) -> tuple[Image.Image, bool]:
     with Image.open(path) as image:
         lossy = image.format in LOSSY and image.info.get("lossless") is None
         image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        return (ImageOps.exif_transpose(image) if turned else image.copy()), lossy
+        return (ImageOps.exif_transpose(image) if is_turned(image) else image.copy()), lossy
 
 
 def marked_pixels(image: Image.Image, lossy: bool) -> tuple[np.ndarray, str]:

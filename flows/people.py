@@ -8,20 +8,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
-from urllib.parse import unquote
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from abn.images import upright_size
-from abn.manifest import mask_sha256, read_manifest
+from abn.manifest import Sample, mask_sha256
 from flows.workspace import Round, Workspace, read_json, read_table, write_json
 from labeling.client import LabelStudio
 from labeling.corrections import SKIPPED, Consensus, Correction, SetAside, agreements, set_aside
 from labeling.studio import access_token
 
-LOCAL_FILES = "/data/local-files/?d="  # before the path of an image that Label Studio serves
 ANNOTATION_COLUMNS = (
     *("sample", "task", "annotation", "revision", "labeler", "verdict", "model_version"),
     *("label", "minutes", "moved", "agreement", "set_aside"),
@@ -29,18 +27,17 @@ ANNOTATION_COLUMNS = (
 
 
 def as_asked(
-    place: Workspace, tasks: Iterable[dict[str, Any]]
+    place: Workspace, tasks: Iterable[dict[str, Any]], samples: Mapping[str, Sample]
 ) -> tuple[list[dict[str, Any]], list[SetAside], list[str]]:
     """Label Studio's `tasks` with the sample and size that were asked about; what cannot be used of them, and a line
     for each task that says something else.
 
     Whoever may annotate may also edit what a task says of itself. So its sample is the one in the tasks.json of its
     round, and its size is the image's. Where another image was shown the answers are set aside. A task that no round
-    asked is left out.
+    asked is left out. `samples` are those of the manifest by id, with the labels on file.
     """
     rounds = [read_json(one.tasks)["tasks"] for one in place.rounds() if one.tasks.is_file()]
     asked = {task: sample for one in rounds for sample, task in one.items()}
-    samples = {sample.id: sample for sample in read_manifest(place.root, corrected=False, gold=False)}
     usable, aside, changed = list[dict[str, Any]](), list[SetAside](), list[str]()
     for task in tasks:
         name, said, told = asked.get(task["id"]), task.get("data"), task.get("meta")
@@ -52,8 +49,8 @@ def as_asked(
         try:
             image, label = samples[name].image, samples[name].label
             known["height"], known["width"] = upright_size(place.root / image)
-            shown = unquote(str(said.get("image", ""))).removeprefix(LOCAL_FILES)
-            reason = "" if f"/{shown}".endswith(f"/{image}") and "://" not in shown else f"it shows {shown[:80]!r}"
+            wanted = LabelStudio.local_file_url(place.root, place.root / image)
+            reason = "" if said.get("image") == wanted else f"it shows {str(said.get('image'))[:80]!r}"
         except (KeyError, OSError) as error:  # the image is gone, or no longer one
             reason = f"nothing is known of its sample any more: {error}"
         if reason:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from abn.images import decode
+from abn.images import decode, orientation
 from flows.ingest_report import Report, some
 from flows.mask_files import Mask, marked_pixels, pack, read_mask_file
 from flows.sources import Source
@@ -335,7 +335,7 @@ def _read_mask(picture: Picture) -> tuple[np.ndarray, str] | str:
 
 def _orientation(picture: Picture) -> int:
     with Image.open(picture.source.path) as image:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return orientation(image)
 
 
 def _upright(marked: np.ndarray, picture: Picture) -> np.ndarray:

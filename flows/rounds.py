@@ -231,13 +231,13 @@ def _collect(place: Workspace) -> Collected | Idle:
         keep(place)  # unless opening was interrupted before that, there is nothing to do
         pull(place, round_, list(read_json(round_.tasks)["tasks"].values()))
         answers = read_answers(place, round_)
-        for line in answers.changed:
-            get_run_logger().warning(line)
         if not answers.complete and not answers.overdue:
+            _warn(answers)
             ask_again(place, answers)
             return _collected(round_, answers, closed=False, commit="")
         pull(place, round_, _earlier_tasks(place, round_))
     answers = read_answers(place, round_)
+    _warn(answers)
     learn_from(place, round_, answers)
     ask_again(place, answers)
     weigh_again(place, round_)
@@ -245,6 +245,11 @@ def _collect(place: Workspace) -> Collected | Idle:
     commit = seal(place, round_, answers)
     back_up(place)
     return _collected(round_, answers, closed=True, commit=commit)
+
+
+def _warn(answers: Answers) -> None:
+    for line in answers.changed:
+        get_run_logger().warning(line)
 
 
 def _alone(command: str, workspace: str, work: Callable[[Workspace], Result | Idle]) -> Result | Idle:
@@ -778,14 +783,15 @@ def read_answers(place: Workspace, round_: Round) -> Answers:
     config, state = load_section(LabelingConfig, place.params, "labeling"), round_.read()
     asked, known = set(read_json(round_.tasks)["tasks"].values()), _known(place)
     received = {task["id"]: task for task in read_json_lines(round_.annotations)}  # later lines replace earlier ones
-    usable, aside, changed = as_asked(place, received.values())
+    on_file = {one.id: one for one in read_manifest(place.root, corrected=False, gold=False)}
+    usable, aside, changed = as_asked(place, received.values(), on_file)
     latest = _without_replaced(place, {task["id"]: task for task in usable}, asked)
     latest = {number: one for number, one in latest.items() if number in asked or _is_news(round_, one, known)}
     opinions, unusable = read_annotations(latest.values(), class_names(read_manifest(place.root)))
     aside += unusable
     panel = max(2, config.labelers_per_task)
     agreed, disputes = settle(opinions, panel)
-    evaluation = {one.id for one in read_manifest(place.root, corrected=False, gold=False) if one.split in EVALUATION}
+    evaluation = {one.id for one in on_file.values() if one.split in EVALUATION}
     corrections, gold, holding = split_answers(agreed, disputes, evaluation)
     again = [one.opinions[-1].task for one in holding if len(one.opinions) <= panel]
     doubted = [one.opinions[-1].task for one in gold if one.verdict == DISPUTED and len(one.opinions) <= panel]

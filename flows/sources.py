@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.file_names import is_passed_over, shown, text_of
 from flows.ingest_report import Report, some
 from flows.mask_files import MaskFolder, without_ending
 
@@ -19,7 +19,6 @@ SPLIT_NAMES = {
     **{"test": "test", "testing": "test"},
     "pool": "pool",
 }
-SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
 MAX_ID_BYTES = 150
 
 
@@ -43,9 +42,9 @@ def read_folders(images: Path, masks: MaskFolder | None, report: Report) -> list
     before them as makes them unique. Problems go to the report. Raises ValueError where no class folders are found.
     """
     root = images
-    folders, files = _entries(root, report)
+    folders, files = _entries(root)
     while len(folders) == 1 and not files:  # as archives unpack: one folder around all
-        inner, beside = _entries(folders[0], report)
+        inner, beside = _entries(folders[0])
         if len(inner) < 2 or beside:
             break
         root, folders, files = folders[0], inner, beside
@@ -102,7 +101,7 @@ def read_folders(images: Path, masks: MaskFolder | None, report: Report) -> list
 
 def _of_split(folder: Path, split: str, report: Report) -> Iterator[tuple[Path, str, str]]:
     """(path, class folder, split) of the pictures of one split's folder; those of the pool may lie without a class."""
-    classes, direct = _entries(folder, report)
+    classes, direct = _entries(folder)
     if direct and split != "pool":
         report.problems.append(
             f"{len(direct)} files lie directly in {folder.name}/, such as {shown(direct[0].name)}; "
@@ -141,14 +140,13 @@ def _check_nesting(root: Path, found: Sequence[tuple[Path, str, str]]) -> None:
             )
 
 
-def _entries(folder: Path, report: Report) -> tuple[list[Path], list[Path]]:
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Folders and files in `folder`, by name, without hidden ones and those of operating systems."""
     folders: list[Path] = []
     files: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.name.casefold() in SYSTEM or path.name.startswith("."):
-            continue
-        (folders if path.is_dir() else files).append(path)
+        if not is_passed_over(path.name):
+            (folders if path.is_dir() else files).append(path)
     return folders, files
 
 
@@ -158,7 +156,7 @@ def _walk(folder: Path, report: Report, above: tuple[str, ...]) -> Iterator[Path
     if real in above:
         report.warnings.append(f"{shown(str(folder))} links to a folder around itself and is not read")
         return
-    folders, files = _entries(folder, report)
+    folders, files = _entries(folder)
     yield from files
     for one in folders:
         yield from _walk(one, report, (*above, real))
@@ -283,13 +281,3 @@ def _numbered(ids: Sequence[str]) -> list[str]:
 def safe_name(text: str) -> str:
     """`text` as a file name: runs of anything but letters, digits, `_`, `-` and `.` become one `_`."""
     return re.sub(r"[^\w.-]+", "_", text_of(text)).lstrip(".-") or "_"
-
-
-def text_of(text: str) -> str:
-    """Without surrounding space, and composed: file systems differ in how they spell an accented letter."""
-    return unicodedata.normalize("NFC", text.strip())
-
-
-def shown(name: str) -> str:
-    """A file's name as text that can be printed and written, with U+FFFD for bytes that are not UTF-8."""
-    return os.fsencode(name).decode("utf-8", "replace")

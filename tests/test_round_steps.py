@@ -100,7 +100,7 @@ def test_an_answer_is_of_the_sample_that_was_asked_whatever_its_task_says(place:
     assert answers.gold == [] and answers.complete
     (left,) = answers.set_aside
     assert (left.annotation, left.sample) == (61, "train07")
-    assert left.reason == "task 42 asks about train07, but it shows 'data/images/test1.png'"
+    assert left.reason == "task 42 asks about train07, but it shows '/data/local-files/?d=data/images/test1.png'"
     told = "\n".join(answers.changed)
     assert "task 41 says sample 'test1', height '1000000'" in told and "task 99 was asked by no round" in told
     rounds.learn_from.fn(place, round_, answers)
